@@ -1,0 +1,15 @@
+"""What several test files share: the rendered book, built once a session."""
+
+import pytest
+
+from tests import site
+
+
+@pytest.fixture(scope="session")
+def html():
+    """The folder of the rendered book, as `make html` makes it from the stored outputs."""
+    if not site.GIVEN:
+        from tiltlib import book
+
+        book.html_only()
+    return site.HTML

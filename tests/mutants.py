@@ -1,0 +1,282 @@
+"""Mutants: one wrong character or line in a copy of the library, each with the one test that must catch it.
+
+`python -m tests.mutants` is the server that runs them for tests/test_mutants.py: it imports what is slow to import
+once, and forks for each run, so that a run costs about as long as its test. It imports nothing of tiltlib itself.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 120  # seconds: a mutant may loop for ever
+
+
+class Mutant(NamedTuple):
+    """`old`, which occurs exactly once in tiltlib/`file`, is replaced by `new`; `test` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    Mutant(
+        "entropy in bits",
+        "law.py",
+        "return float(entr(check_law(p)).sum())",
+        "return float(entr(check_law(p)).sum() / math.log(2))",
+        "test_law.py::test_entropy_counts_nats_and_ignores_zeros",
+    ),
+    Mutant(
+        "divergence of normalised laws only",
+        "law.py",
+        "terms[far] = p[far] * x[far] - p[far] + q[far]",
+        "terms[far] = p[far] * x[far]",
+        "test_law.py::test_kl_is_generalised",
+    ),
+    Mutant(
+        "exponent of RLIF",
+        "law.py",
+        "power(ref, strength / (strength - 1))",
+        "power(ref, strength / (strength + 1))",
+        "test_law.py::test_rlif_optimum_beats_every_law",
+    ),
+    Mutant(
+        "no refusal of the collapse",
+        "law.py",
+        "if strength <= 1:",
+        "if strength == 1:",
+        "test_law.py::test_rlif_optimum_refuses_the_collapse",
+    ),
+    Mutant(
+        "normaliser loses a rare best outcome",
+        "law.py",
+        "np.log1p(mean) if mean > -0.5 else logsumexp(x, b=p)",
+        "np.log1p(mean)",
+        "test_law.py::test_log_partition_at_large_beta_and_at_small",
+    ),
+    Mutant(
+        "resampling without chance",
+        "chance.py",
+        "(teeth + offset) / count",
+        "(teeth + 0.5) / count",
+        "test_chance.py::test_systematic_is_unbiased_exactly",
+    ),
+    Mutant(
+        "one uniform for all rows",
+        "chance.py",
+        "offset = chance.uniforms((weights.shape[0], 1)",
+        "offset = chance.uniforms((1, 1)",
+        "test_chance.py::test_rows_of_ancestors_use_their_own_uniform",
+    ),
+    Mutant(
+        "the last uniform falls off the end",
+        "chance.py",
+        "points.clamp(max=BELOW_ONE)",
+        "points",
+        "test_chance.py::test_zero_weight_is_never_drawn",
+    ),
+    Mutant(
+        "one candidate too many",
+        "bestofn.py",
+        "integrand = block.dt * _power(block.log_phi, n - 1)",
+        "integrand = block.dt * _power(block.log_phi, n)",
+        "test_bestofn.py::test_soft_law_is_the_enumerated_law",
+    ),
+    Mutant(
+        "a coarser quadrature",
+        "bestofn.py",
+        "STEP = 3 / 16",
+        "STEP = 7 / 16",
+        "test_bestofn.py::test_the_quadrature_rule_is_as_good_as_it_says",
+    ),
+    Mutant(
+        "the gap between windows forgets N",
+        "bestofn.py",
+        "> GAP + math.log(n)) + 1",
+        "> GAP) + 1",
+        "test_bestofn.py::test_the_gap_grows_with_the_number_of_candidates",
+    ),
+    Mutant(
+        "ties by outcome",
+        "bestofn.py",
+        "wins[group] * p[support] / mass[group]",
+        "wins[group] / np.bincount(group)[group]",
+        "test_bestofn.py::test_hard_law_breaks_ties_by_candidate_not_by_outcome",
+    ),
+    Mutant(
+        "expansion without its mean",
+        "bestofn.py",
+        "np.where(p > 0, chi2 - excess, 0.0)",
+        "np.where(p > 0, -excess, 0.0)",
+        "test_bestofn.py::test_expansion_coefficients",
+    ),
+    Mutant(
+        "halves counted twice",
+        "bestofn.py",
+        "- halves / 2",
+        "- halves",
+        "test_bestofn.py::test_antithetic_difference_by_enumeration",
+    ),
+    Mutant(
+        "NaN passes",
+        "claims.py",
+        "if np.isnan(measured).any() or np.isnan(expected).any():",
+        "if False:",
+        "test_claims.py::test_a_malformed_claim_is_refused_and_not_recorded",
+    ),
+    Mutant(
+        "bounds the wrong way round",
+        "claims.py",
+        '"at_least": -gap}',
+        '"at_least": gap}',
+        "test_claims.py::test_a_claim_holds_up_to_its_tolerance_on_the_side_that_it_names",
+    ),
+    Mutant(
+        "weak Monte Carlo controls",
+        "claims.py",
+        "power = 2.0 if",
+        "power = 1.0 if",
+        "test_claims.py::test_a_monte_carlo_control_must_deviate_by_more_than_twice_the_tolerance",
+    ),
+    Mutant(
+        "controls do not count",
+        "claims.py",
+        'if not c["control"]["rejected"]',
+        "if False",
+        "test_claims.py::test_one_failure_among_many_keeps_the_ledger_open",
+    ),
+    Mutant(
+        "code does not count for memo",
+        "run.py",
+        "json.dumps([key, code, source]",
+        "json.dumps([key, source]",
+        "test_runner.py::test_another_key_another_code_another_function_compute_again",
+    ),
+    Mutant(
+        "unknown parameters are ignored",
+        "runner.py",
+        "        if name not in by_name:\n",
+        "        if name not in by_name:\n            continue\n",
+        "test_runner.py::test_what_does_not_fit_is_refused_before_work_starts",
+    ),
+    Mutant(
+        "false is true",
+        "runner.py",
+        'value = {"true": True, "false": False}.get(text.lower())',
+        "value = bool(text)",
+        "test_runner.py::test_texts_become_typed_values",
+    ),
+    Mutant(
+        "docstrings make stale",
+        "runner.py",
+        'fields["body"] = body[1:]',
+        "pass",
+        "test_runner.py::test_what_cannot_change_an_output_keeps_the_stamp",
+    ),
+    Mutant(
+        "only direct imports count",
+        "runner.py",
+        "        todo |= _imports(",
+        "        _imports(",
+        "test_runner.py::test_a_changed_number_in_anything_imported_changes_the_stamp",
+    ),
+    Mutant(
+        "result files do not count",
+        "runner.py",
+        'reads = [f"book/results/{path.stem}/**/metrics.json", ',
+        "reads = [",
+        "test_runner.py::test_result_files_and_declared_data_count",
+    ),
+    Mutant(
+        "no closing line needed",
+        "runner.py",
+        "    if text.strip() != claims.closing_line(",
+        "    if text is claims.closing_line(",
+        "test_runner.py::test_a_failed_claim_and_a_missing_end_are_no_success",
+    ),
+]
+
+
+def prepare(folder: Path, file: str | None = None, old: str = "", new: str = "") -> None:
+    """A project at `folder` with a copy of tiltlib, one text of which is replaced, and links to all the rest.
+
+    Raises ValueError unless the text occurs exactly once.
+    """
+    ignored = {"tiltlib", ".git", ".venv", "_build", "runs", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    for path in ROOT.iterdir():
+        if path.name not in ignored:
+            (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "tiltlib", folder / "tiltlib", ignore=shutil.ignore_patterns("__pycache__"))
+    if file is None:
+        return
+    path = folder / "tiltlib" / file
+    text = path.read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"the text occurs {text.count(old)} times in {file}, not once: {old}")
+    path.write_text(text.replace(old, new))
+
+
+def child(folder: Path, file: str | None, test: str) -> int:
+    """Run one test against the library in `folder`; returns pytest's exit code, or 99 if another library was tested."""
+    signal.alarm(LIMIT)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ |= {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    import hypothesis
+    import pytest
+
+    generate = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # a failure need not be made small
+    hypothesis.settings.register_profile("mutants", phases=generate, database=None)
+    hypothesis.settings.load_profile("mutants")
+    import tiltlib  # before pytest puts the checkout first
+
+    code = pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests" / test)])
+    loaded = sys.modules.get(f"tiltlib.{file.removesuffix('.py')}") if file else tiltlib
+    return int(code) if loaded and Path(loaded.__file__).is_relative_to(folder) else 99
+
+
+def serve() -> None:
+    """Answer each line {"file", "old", "new", "test"} on stdin by a line {"code", "said"} on stdout."""
+    import hypothesis  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import nbformat  # noqa: F401
+    import papermill  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryDirectory() as place:
+            folder, said = Path(place).resolve() / "project", Path(place) / "said"
+            folder.mkdir()
+            try:
+                prepare(folder, job["file"], job["old"], job["new"])
+            except ValueError as error:
+                print(json.dumps({"code": 98, "said": str(error)}), flush=True)
+                continue
+            pid = os.fork()
+            if pid == 0:
+                out = os.open(said, os.O_WRONLY | os.O_CREAT)
+                os.dup2(out, 1), os.dup2(out, 2)
+                code = 97
+                try:
+                    code = child(folder, job["file"], job["test"])
+                finally:
+                    sys.stdout.flush()
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            print(json.dumps({"code": code, "said": said.read_text()[-3000:]}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
