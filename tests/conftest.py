@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests import site
+from tests import rendered
 
 
 @pytest.fixture(scope="session")
 def html():
     """The folder of the rendered book, as `make html` makes it from the stored outputs."""
-    if not site.GIVEN:
+    if not rendered.GIVEN:
         from tiltlib import book
 
         book.html_only()
-    return site.HTML
+    return rendered.HTML

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from tests import site
+from tests import rendered
 from tests.test_figures import DARK_PAGE, contrast
 from tiltlib import figures
 
-page = pytest.mark.parametrize("page", site.pages())
+page = pytest.mark.parametrize("page", rendered.pages())
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
     "--disable-sync --no-first-run --disable-quic --hide-scrollbars --disable-dev-shm-usage "
@@ -56,7 +56,10 @@ const pictures = [...article.querySelectorAll("img")].filter(visible).map((x) =>
   natural: x.naturalWidth, width: x.getBoundingClientRect().width, source: x.src.slice(0, 80),
   svg: x.src.startsWith("data:image/svg") || x.src.startsWith("blob:"),
 }));
-const beyond = (x) => x.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && visible(x);
+const scrolls = (x) =>
+  x && x !== document.body && (getComputedStyle(x).overflowX !== "visible" || scrolls(x.parentElement));
+const beyond = (x) =>
+  x.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && visible(x) && !scrolls(x.parentElement);
 const wide = [...document.querySelectorAll("body *")].filter(beyond).slice(0, 5).map((x) => x.outerHTML.slice(0, 120));
 done({
   math: article.querySelectorAll(".math").length,
@@ -165,7 +168,7 @@ def test_its_formulas_are_rendered(visit, page):
     seen = visit(page)["wide"]
     assert seen["rendered"] >= seen["math"] and not seen["wrong"]
     assert not [raw for raw in ("\\(", "\\[", "$$", "\\begin{") if raw in seen["text"].split("```")[0]]
-    has_math = any("$" in text for kind, text in site.cells(page) if kind == "markdown")
+    has_math = any("$" in text for kind, text in rendered.cells(page) if kind == "markdown")
     assert not has_math or seen["rendered"] > 0
 
 
@@ -179,7 +182,7 @@ def test_its_pictures_are_seen_and_their_text_can_be_read_on_a_phone(visit, page
         inches = figures.WIDTH if picture["svg"] else picture["natural"] / 160
         text = figures.POINTS / 72 * picture["width"] / inches
         assert text >= 9, f"text of {text:.1f} px in {picture}"
-    if (site.HOME / f"{page}.ipynb").exists():
+    if (rendered.HOME / f"{page}.ipynb").exists():
         assert seen["wide"]["pictures"]
 
 
@@ -216,7 +219,9 @@ def test_in_dark_mode_its_page_and_its_first_picture_are_dark(visit, page):
 
 
 def test_the_slider_shows_another_frame(browser, visit, address):
-    sliders = [p for p in site.pages() if any("slider(" in text for kind, text in site.cells(p) if kind == "code")]
+    sliders = [
+        p for p in rendered.pages() if any("slider(" in text for kind, text in rendered.cells(p) if kind == "code")
+    ]
     if not sliders:
         pytest.skip("no chapter has a slider")
     state = """

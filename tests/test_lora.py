@@ -61,9 +61,7 @@ def test_gradient_against_one_plain_pass_and_finite_differences(pool):
     parameters = list(policy.parameters().values())
     for value in parameters:  # away from the start, where half of the gradient is zero
         value.data = value.data.double()  # peft keeps its matrices in float32
-        value.data += 0.05 * torch.randn(
-            value.shape, dtype=value.dtype, generator=seeded(3)
-        )
+        value.data += 0.05 * torch.randn(value.shape, dtype=value.dtype, generator=seeded(3))
     c = torch.tensor(WEIGHTS.values) / 2
 
     def loss():

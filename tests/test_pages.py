@@ -8,9 +8,9 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup, Comment
 
-from tests import site
+from tests import rendered
 
-page = pytest.mark.parametrize("page", site.pages())
+page = pytest.mark.parametrize("page", rendered.pages())
 OWN = {"index", "genindex", "search", "prf-prf"}  # made by Sphinx, beside the pages of the table of contents
 
 
@@ -41,12 +41,12 @@ def prose(element):
 def test_there_are_as_many_pages_as_the_table_of_contents_lists(html):
     found = {path.relative_to(html).with_suffix("").as_posix() for path in html.rglob("*.html")}
     found = {name for name in found if not name.startswith("_static/")}
-    assert found - OWN == set(site.pages())
+    assert found - OWN == set(rendered.pages())
 
 
 @page
 def test_it_shows_its_title_and_its_headings(html, page):
-    sources = [re.sub(r"```.*?```", "", text, flags=re.S) for kind, text in site.cells(page) if kind == "markdown"]
+    sources = [re.sub(r"```.*?```", "", text, flags=re.S) for kind, text in rendered.cells(page) if kind == "markdown"]
     wanted = [plain(line) for text in sources for line in re.findall(r"^#{1,3} (.*)", text, re.M)]
     shown = [plain(heading.get_text(" ").replace("#", "")) for heading in article(html, page).select("h1, h2, h3")]
     assert wanted and shown[0] == wanted[0]
@@ -110,13 +110,13 @@ def test_its_pictures_are_described_as_in_the_source(html, page):
     pictures = article(html, page).select("img")
     assert all((picture.get("alt") or "").strip() for picture in pictures)
     assert not [p["alt"] for p in pictures if re.search(r"\.(png|svg)$|^_images", p["alt"])]
-    if (site.HOME / f"{page}.ipynb").exists():
+    if (rendered.HOME / f"{page}.ipynb").exists():
         assert pictures
         assert len(article(html, page).select(".cell_output")) > 2
 
 
 def sources():
-    return yaml.safe_load((site.HOME / "book" / "statements.yml").read_text())
+    return yaml.safe_load((rendered.HOME / "book" / "statements.yml").read_text())
 
 
 def test_the_ledger_lists_every_statement_and_where_it_is_checked(html):
@@ -143,7 +143,7 @@ def test_the_errata_show_both_sides_of_each(html):
 
 def test_the_status_page_has_a_row_for_each_chapter(html):
     rows = article(html, "book/status").select("table")[0].select("tbody tr")
-    chapters = [p.split("/")[-1] for p in site.pages() if (site.HOME / f"{p}.ipynb").exists()]
+    chapters = [p.split("/")[-1] for p in rendered.pages() if (rendered.HOME / f"{p}.ipynb").exists()]
     columns = [[cell.get_text().strip() for cell in row.select("td")] for row in rows]
     assert [c[0] for c in columns] == chapters
     assert all(int(c[1]) > 0 and re.fullmatch(r"\d{4}-\d\d-\d\d", c[2]) and float(c[3]) > 0 for c in columns)

@@ -29,9 +29,9 @@ def test_gain_of_a_pool_by_enumeration(beta):
     np.testing.assert_allclose(pool.gain(rewards, beta, n), expected, atol=1e-13)
 
 
-@pytest.mark.parametrize(("beta", "n"), [(0.2, 4), (0.1, 2), (None, 4)])
+@pytest.mark.parametrize(("beta", "n"), [(0.2, 4), (None, 4)])
 def test_jackknife_removes_the_bias_and_knows_its_error(beta, n):
-    rng, m, runs = np.random.default_rng(3), 16, 1500
+    rng, m, runs = np.random.default_rng(3), 16, 1000
     plain, corrected, error = np.empty((runs, 2)), np.empty((runs, 2)), np.empty((runs, 2))
     for k in range(runs):
         row = rng.choice(LEVELS, size=m, p=P)

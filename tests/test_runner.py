@@ -311,6 +311,15 @@ def test_what_cannot_change_an_output_keeps_the_stamp(library, name, old, new):
     assert library() == before
 
 
+def test_a_new_entry_in_a_lazy_table_keeps_the_stamp(library):
+    code = "from tiltlib.lazy import Thing"
+    before = library(code)
+    edit(library.root, "tiltlib/lazy/__init__.py", "'Other'", "'New': 'tiltlib.unrelated', 'Other'")
+    assert library(code) == before
+    edit(library.root, "tiltlib/lazy/__init__.py", "'tiltlib.lazy.thing'", "'tiltlib.lazy.other'")
+    assert library(code) != before  # the name now leads elsewhere
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

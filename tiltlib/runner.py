@@ -152,14 +152,15 @@ def _dump(node) -> str:
     return repr(node)
 
 
+def _is_table(node) -> bool:
+    """Whether a statement is the literal table HOMES = {name: module} of a package that imports lazily."""
+    return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "HOMES"
+
+
 def _homes(path: Path) -> dict[str, str]:
-    """The literal table HOMES of a package that imports lazily: name -> module."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if getattr(target, "id", None) == "HOMES":
-                return ast.literal_eval(node.value)
-    return {}
+    """The table HOMES of a package that imports lazily; empty where there is none."""
+    tables = [ast.literal_eval(node.value) for node in ast.parse(path.read_text()).body if _is_table(node)]
+    return tables[0] if tables else {}
 
 
 def _imports(code: str, package: str, root: Path) -> set[Path]:
@@ -225,7 +226,10 @@ def code_hash(notebook, root: Path = ROOT, until: str | None = None) -> str:
     for file in closure("\n".join(cells), root):
         if file.name in left_out:
             continue
-        parts += [file.relative_to(root).as_posix(), _dump(ast.parse(file.read_text()))]
+        tree = ast.parse(file.read_text())
+        # a new entry in a lazy table makes nothing stale: what it leads to is in the closure where it is used
+        tree.body = [node for node in tree.body if not _is_table(node)]
+        parts += [file.relative_to(root).as_posix(), _dump(tree)]
     parts.append((root / "requirements.txt").read_text())
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:16]
 
