@@ -50,6 +50,7 @@ def project(root: Path, *, library=False, **chapters) -> Path:
     own = {"title": "Own statements", "cite": "None.", "ids": {"1": {"place": "the only one"}}}
     (root / "book" / "statements.yml").write_text(yaml.safe_dump({"own": own}))
     shutil.copy(ROOT / "_config.yml", root)
+    shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
     if library:
         shutil.copytree(ROOT / "tiltlib", root / "tiltlib", ignore=shutil.ignore_patterns("__pycache__"))
     return root

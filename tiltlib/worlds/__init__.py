@@ -5,6 +5,14 @@ from typing import NamedTuple
 
 # name -> module that holds it; the literal table is also read by the runner to know what a chapter depends on
 HOMES = {
+    "Chain": "tiltlib.worlds.chain",
+    "Diffusion": "tiltlib.worlds.base",
+    "Guided": "tiltlib.worlds.guided",
+    "Mixture": "tiltlib.worlds.mixture",
+    "Quadratic": "tiltlib.worlds.mixture",
+    "Sequence": "tiltlib.worlds.sequence",
+    "World": "tiltlib.worlds.base",
+    "check": "tiltlib.worlds.checks",
     "language": "tiltlib.worlds.language_model",
 }
 
