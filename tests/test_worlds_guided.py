@@ -8,7 +8,7 @@ import torch
 
 from tiltlib import paths
 from tiltlib.chance import Chance
-from tiltlib.worlds.check import check
+from tiltlib.worlds.checks import check
 from tiltlib.worlds.guided import Guided
 from tiltlib.worlds.mixture import Mixture
 

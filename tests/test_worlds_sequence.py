@@ -12,7 +12,7 @@ from scipy import stats
 from tiltlib import law
 from tiltlib.chance import Chance
 from tiltlib.worlds.chain import Chain
-from tiltlib.worlds.check import check
+from tiltlib.worlds.checks import check
 from tiltlib.worlds.sequence import Sequence, rna
 
 INITIAL, ROWS = np.array([0.2, 0.5, 0.3]), np.array([[0.1, 0.6, 0.3], [0.5, 0.2, 0.3], [0.25, 0.05, 0.7]])
