@@ -11,7 +11,8 @@ from tiltlib.files import ROOT
 FLOORS = [
     {"files", "law", "chance", "paths"},
     {"bestofn", "worlds"},
-    {"rewards", "values", "pool"},
+    {"rewards"},
+    {"tensor_rewards", "values", "pool"},
     {"steer"},
     {"tune"},
     {"claims", "figures", "run"},

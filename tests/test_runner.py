@@ -575,3 +575,10 @@ def test_publishing_refuses_what_json_cannot_hold(monkeypatch):
         run.publish("table", {"x": {1, 2}})
     with pytest.raises(ValueError):
         run.publish("table", {"x": float("nan")})
+
+
+def test_a_value_may_start_with_a_minus(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(runner, "run", lambda chapter, given, *_: seen.update(given))
+    assert runner.main(["run", "x", "-p", "lr", "-1e-3", "-p", "n", "-2", "-p", "lrs", "-.5"]) == 0
+    assert seen == {"lr": "-1e-3", "n": "-2", "lrs": "-.5"}

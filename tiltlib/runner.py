@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -458,6 +459,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the chapters and their parameters")
     one = commands.add_parser("run", help="execute one chapter with parameters")
+    one._negative_number_matcher = re.compile(r"-.*\d")  # argparse takes -1e-3 for an option otherwise
     one.add_argument("chapter")
     one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     one.add_argument("--out", type=Path, help="folder for executed.ipynb and metrics.json")
