@@ -15,7 +15,7 @@ from tiltlib import runner
 KERNELS = 2
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=5"]
 PAGES = ["tests/test_pages.py", "tests/test_browser.py"]
-SLOW = ["tests/test_mutants.py", "tests/test_faults.py", "tests/test_minibook.py"]
+SLOW = ["tests/test_mutants.py", "tests/test_faults.py", "tests/test_faults_tuning.py", "tests/test_minibook.py"]
 
 
 def stages() -> dict[str, list[str]]:

@@ -203,6 +203,27 @@ MUTANTS = [
         "    if text is claims.closing_line(",
         "test_runner.py::test_a_failed_claim_and_a_missing_end_are_no_success",
     ),
+    Mutant(
+        "the rule of the effective sample size for a standard error",
+        "tune/weighted.py",
+        "np.sqrt(np.square(values) @ np.square(f - mean))",
+        "np.sqrt(values @ np.square(f - mean) / len(f))",
+        "test_weighted.py::test_standard_error_on_an_exact_pool",
+    ),
+    Mutant(
+        "the divergence rewarded",
+        "tune/training.py",
+        "/ beta - log_ratio.detach()",
+        "/ beta + log_ratio.detach()",
+        "test_training.py::test_reinforce_is_unbiased_by_enumeration",
+    ),
+    Mutant(
+        "a resumed run draws its own numbers",
+        "tune/training.py",
+        '    generator.set_state(tensors["generator"])\n',
+        "",
+        "test_training.py::test_a_resumed_run_ends_where_an_unbroken_one_does",
+    ),
 ]
 
 

@@ -14,9 +14,9 @@ from tiltlib.tune import lora
 checkpoint, pause = sys.argv[1], float(sys.argv[2])
 torch.manual_seed(int(time.time()))  # nothing may depend on the global generator
 world, prompts, g = tiny_language(), ["a b c", "d e", "f"], torch.Generator().manual_seed(5)
-def reward(prompts, texts):
+def reward(texts):
     time.sleep(pause)
-    return [[len(text) for text in row] for row in texts]
+    return [len(text) for text in texts]
 tuned = lora.reinforce(
     world, prompts, reward, 2.0, max_new_tokens=5, samples=3, rank=2, steps=12, learning_rate=0.02, generator=g,
     queries=2, checkpoint=checkpoint, every=3,

@@ -6,6 +6,7 @@ import torch
 
 from tests.tiny_language import tiny_language
 from tiltlib.chance import Chance
+from tiltlib.rewards import Reward
 from tiltlib.tune import lora, training, weighted
 
 PROMPTS = ["a b c", "d e"]
@@ -25,9 +26,12 @@ def pool(world):
     return world.sample(PROMPTS, 6, max_new_tokens=5, generator=seeded(1))
 
 
-def letters(prompts, texts):
-    """A reward: how many a and b a text has."""
-    return [[sum(word in "ab" for word in text.split()) for text in row] for row in texts]
+def count(texts):
+    """How many a and b a text has."""
+    return [sum(word in "ab" for word in text.split()) for text in texts]
+
+
+letters = Reward("letters", count, "letters", 0, 5)
 
 
 WEIGHTS = weighted.normalise(np.linspace(-1, 2, 12).reshape(2, 6), floor=0)
@@ -150,10 +154,10 @@ def test_reinforce_raises_the_reward(world):
     tuned = lora.reinforce(world, PROMPTS, letters, 0.5, generator=seeded(), **options)
 
     def mean_reward(world):
-        return np.mean(letters(PROMPTS, world.sample(PROMPTS, 400, max_new_tokens=5, generator=seeded(7)).texts))
+        return np.mean([count(row) for row in world.sample(PROMPTS, 400, max_new_tokens=5, generator=seeded(7)).texts])
 
     assert mean_reward(tuned.world) > mean_reward(world) + 0.2
-    assert tuned.history.keys() == {"loss", "reward", "kl"}
+    assert tuned.history.keys() == {"loss", "reward", "kl"} and letters.calls == 30 * 2 * 16
 
 
 def test_reinforce_has_the_gradient_of_its_row(world):
