@@ -54,8 +54,8 @@ class Ledger:
 
     def check(
         self, id, statement, measured, expected, tolerance, reason, *, control, kind="equal", n=None, z=None
-    ) -> bool:
-        """Record one claim and its negative control; returns whether the claim holds.
+    ) -> None:
+        """Record one claim and its negative control.
 
         id         "source:place", e.g. "anthology:15"; an id may carry several statements
         statement  what is claimed, in words
@@ -105,7 +105,6 @@ class Ledger:
         if kind == "monte_carlo":
             claim |= {"n": int(n), "z": float(z)}
         self.claims.append(claim)
-        return claim["holds"]
 
     def data(self) -> dict:
         """The JSON form of the ledger."""

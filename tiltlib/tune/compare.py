@@ -3,20 +3,14 @@
 The prices are measured where they are paid: KL to the base on the tuned model's own samples.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
 from tiltlib import bestofn, law
 from tiltlib.tune import lora, weighted
+from tiltlib.tune.weighted import Estimate
 
 METHODS = ("rlhf", "rlif", "supervised", "reinforce")
-
-
-class Estimate(NamedTuple):
-    mean: float
-    standard_error: float
 
 
 def by_prompt(values) -> Estimate:
@@ -48,16 +42,15 @@ def tune(name, world, prompts, pool, score, *, beta, beta_if, seed, **options):
     """The base `world`, tuned on `prompts` by one of METHODS; returns `lora.Tuned`.
 
     pool: its `Samples` (B, n) for these prompts, which REINFORCE + KL does not use: it draws as many itself.
-    score: B lists of n texts -> (B, n). seed: of LoRA's start, the choice of prompts and all draws. options: rank,
+    score: n texts -> n numbers, such as a `Reward`. seed: of LoRA's start, the choice of prompts and all draws. options: rank,
     steps, learning_rate, queries, samples (of `lora.fit` and `lora.reinforce` alike).
     """
     generator = torch.Generator(world.device).manual_seed(seed)
     length = pool.tokens.shape[-1]
     if name == "reinforce":
-        return lora.reinforce(
-            world, prompts, lambda _, texts: score(texts), beta, generator=generator, max_new_tokens=length, **options
-        )
-    weights = pool_weights(name, score(pool.texts), pool.log_prob.cpu().numpy(), beta, beta_if, length)
+        return lora.reinforce(world, prompts, score, beta, generator=generator, max_new_tokens=length, **options)
+    rewards = np.array([score(texts) for texts in pool.texts])
+    weights = pool_weights(name, rewards, pool.log_prob.cpu().numpy(), beta, beta_if, length)
     return lora.fit(world, prompts, pool, weights, generator=generator, **options)
 
 
@@ -111,18 +104,28 @@ def distinct(texts):
     return np.array([[len(set(words)) / max(len(words), 1) if words else 1.0 for words in row] for row in split])
 
 
-def auc(scores, correct) -> Estimate:
+def weighted_by_prompt(values, log_weights) -> Estimate:
+    """Self-normalised mean of (B, n) values with log-weights (B, n), each prompt by itself, and its standard error."""
+    weights = weighted.normalise(log_weights, floor=0).values
+    rows = [weighted.estimate(f, w) for f, w in zip(np.asarray(values, float), weights, strict=True)]
+    means, errors = np.array(rows).T
+    return Estimate(float(means.mean()), float(np.linalg.norm(errors) / len(rows)))
+
+
+def auc(scores, correct, kept=True) -> Estimate:
     """Probability that a correct item scores above a wrong one (ties half), with its standard error.
 
-    scores: (Q, n) finite, correct: (Q, n) bool; the error is a jackknife over the Q >= 3 questions, whose answers
-    are not independent. Raises ValueError when leaving out one question leaves no correct or no wrong answer.
+    scores: (Q, n) finite, correct: (Q, n) bool; kept: the items that count, as bools. The error is a jackknife over
+    the Q >= 3 questions, whose answers are not independent. Raises ValueError when leaving out one question leaves no
+    correct or no wrong answer.
     """
     scores, correct = np.asarray(scores, dtype=np.float64), np.asarray(correct, dtype=bool)
     if scores.ndim != 2 or scores.shape != correct.shape or len(scores) < 3 or not np.isfinite(scores).all():
         raise ValueError(f"scores and correct are (Q, n), Q >= 3, finite: {scores.shape}, {correct.shape}")
     owner = np.broadcast_to(np.arange(len(scores))[:, None], scores.shape)
-    gap = scores[correct][:, None] - scores[~correct]
-    wins, mine, theirs = (gap > 0) + (gap == 0) / 2, owner[correct], owner[~correct]
+    good, bad = correct & kept, ~correct & kept
+    gap = scores[good][:, None] - scores[bad]
+    wins, mine, theirs = (gap > 0) + (gap == 0) / 2, owner[good], owner[bad]
     left = []
     for question in range(len(scores)):
         part = wins[np.ix_(mine != question, theirs != question)]
