@@ -88,7 +88,8 @@ def stage(root: Path, notebook_of) -> Path:
     """A copy of the book in _build/stage with the given notebooks and the generated parts of pages filled in."""
     at = root / "_build" / "stage"
     shutil.rmtree(at, ignore_errors=True)
-    shutil.copytree(root / "book", at / "book", ignore=shutil.ignore_patterns("*.ipynb", "_static", ".ipynb_*"))
+    left_out = shutil.ignore_patterns("*.ipynb", "_static", "models", "results")
+    shutil.copytree(root / "book", at / "book", ignore=left_out)
     if (root / "book" / "_static").exists():
         shutil.copytree(root / "book" / "_static", at / "_static")
     for name in ("_config.yml", "_toc.yml"):

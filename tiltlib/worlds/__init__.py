@@ -13,6 +13,7 @@ HOMES = {
     "Sequence": "tiltlib.worlds.sequence",
     "World": "tiltlib.worlds.base",
     "check": "tiltlib.worlds.checks",
+    "digits": "tiltlib.worlds.digit_models",
     "rna": "tiltlib.worlds.sequence",
     "language": "tiltlib.worlds.language_model",
 }
