@@ -42,8 +42,8 @@ def tune(name, world, prompts, pool, score, *, beta, beta_if, seed, **options):
     """The base `world`, tuned on `prompts` by one of METHODS; returns `lora.Tuned`.
 
     pool: its `Samples` (B, n) for these prompts, which REINFORCE + KL does not use: it draws as many itself.
-    score: n texts -> n numbers, such as a `Reward`. seed: of LoRA's start, the choice of prompts and all draws. options: rank,
-    steps, learning_rate, queries, samples (of `lora.fit` and `lora.reinforce` alike).
+    score: n texts -> n numbers, such as a `Reward`. seed: of LoRA's start, the choice of prompts and all draws.
+    options: rank, steps, learning_rate, queries, samples (of `lora.fit` and `lora.reinforce` alike).
     """
     generator = torch.Generator(world.device).manual_seed(seed)
     length = pool.tokens.shape[-1]
