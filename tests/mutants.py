@@ -261,7 +261,7 @@ def child(folder: Path, file: str | None, test: str) -> int:
     import tiltlib  # before pytest puts the checkout first
 
     code = pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", str(ROOT / "tests" / test)])
-    loaded = sys.modules.get(f"tiltlib.{file.removesuffix('.py')}") if file else tiltlib
+    loaded = sys.modules.get(f"tiltlib.{file.removesuffix('.py').replace('/', '.')}") if file else tiltlib
     return int(code) if loaded and Path(loaded.__file__).is_relative_to(folder) else 99
 
 
