@@ -144,8 +144,10 @@ def test_it_passes_worlds_check(kind, condition):
     check(world(kind), condition=condition, tolerance=0.15, particles=64, skip=skip)
 
 
-@pytest.mark.xfail(strict=True, reason="at pure noise the error of epsilon is divided by a tiny alpha: E[x_0] is off")
-def test_the_epsilon_twin_knows_the_mean_at_pure_noise():
+@pytest.mark.xfail(
+    strict=True, reason="the noisiest third of the steps divides its error by a tiny alpha: E[x_0] is off"
+)
+def test_the_epsilon_twin_knows_the_mean_of_noisy_images():
     check(world("eps"), tolerance=0.15, particles=64)
 
 

@@ -68,6 +68,9 @@ class Digits(Diffusion):
 def digits(kind="eps", *, sampler="ancestral", steps=50, device="cpu", dtype=torch.float32, chunk=4096, folder=None):
     """The trained digits as a World. kind: "eps" (a DDPM of 1000 steps, asked at evenly spaced ones) or "flow".
 
+    At the noisy end "eps" divides its error by a tiny alpha: over about the noisiest third of the steps its `clean` is
+    worse than the mean image (samples do not suffer). "flow" has no such steps: prefer it where values use `clean`.
+
     sampler: as in `paths.SAMPLERS`; "ode" or "euler" draws no noise. steps: 1..1000. folder: another place than
     book/models/digits-eps. ValueError: unknown kind, sampler or device, steps out of range, a file that was altered.
     FileNotFoundError: a model file is missing; the message has the command that makes it.
