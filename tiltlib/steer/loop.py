@@ -1,0 +1,342 @@
+"""The particle loop: every inference-time method of the book is `steps` with another `Method`.
+
+One step from i + 1 to i: tilt the kernel by the drift; sample children, with log p - log q; look at them (network,
+value, gradient); twist, psi = lam value / beta (r / beta at i = 0); add log p - log q + psi_new - psi_old to the
+log-weights; select; gather everything by the one index. The twist is the only potential, so weights telescope to
+r / beta along each line of descent, whatever the value, the tempering and the drift; and selection keeps the mean
+weight. Hence E[mean weight] = Z for every row that is `proper` (Del Moral 2004, proposition 7.4.1).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from tiltlib import law, tensor_rewards, values
+from tiltlib.chance import Chance
+from tiltlib.worlds import Calls
+
+
+class Look(NamedTuple):
+    """Everything computed at n particles; gathered as a whole, so that nothing is left behind at a resampling."""
+
+    prediction: torch.Tensor | None  # of the world, None at i = 0
+    value: torch.Tensor | None  # (n,) float64, in units of the reward; None where the method asks for none
+    grad: torch.Tensor | None  # of the value, in the shape that `Kernel.tilt` takes
+    proposed: torch.Tensor | None = None  # prediction of the proposal, where it is another world
+
+
+class State(NamedTuple):
+    """What `steps` yields: B runs of K particles at step i."""
+
+    i: int
+    x: torch.Tensor  # (B, K, *shape)
+    look: Look  # at these particles, flat (B * K, ..)
+    running: torch.Tensor | None  # (B, K): the max or the sum of the values so far
+    psi: torch.Tensor  # (B, K): the twist, in nats
+    log_w: torch.Tensor  # (B, K) float64
+    ancestors: torch.Tensor | None  # (B, K): position of the parent among the K of the step before; None at the start
+    lam: torch.Tensor  # (B,): tempering exponent of the twist
+    calls: Calls  # so far, all runs together
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the loop. `rows` makes them; `dataclasses.replace` changes one.
+
+    twist     what psi is made of before i = 0: "last" value, the running "max" or "sum" of the values, or None
+    drift     (world, look, i, heat) -> the tilt g of the kernel that leaves step i, heat = lam / beta (B * K,); or None
+    children  M, drawn from each particle
+    select    (log_w (B, K, M), chance) -> (positions (B, K) among K * M, or None for "as they are"; log_w (B, K))
+    temper    (log_w, value / beta (B, K), lam (B,), i, steps) -> the next lam (B,), fixed before proposing; or None
+    finish    what `Steered.draw` returns: a particle "by weight", or the "best"
+    start     "own", or "tilted": from the world's exact tilted start (TypeError where it has none)
+    weigh     whether particles carry weights; guidance alone has none
+    proper    whether the mean weight is an unbiased estimate of Z
+    """
+
+    select: Callable
+    twist: str | None = None
+    drift: Callable | None = None
+    children: int = 1
+    temper: Callable | None = None
+    finish: str = "by weight"
+    start: str = "own"
+    weigh: bool = True
+    proper: bool = True
+
+
+class Steered(NamedTuple):
+    """What `run` returns: B runs of K weighted particles."""
+
+    samples: torch.Tensor  # (B, K, *shape)
+    log_weights: torch.Tensor  # (B, K) float64, not normalised
+    log_z: torch.Tensor | None  # (B,): log of an unbiased estimate of E[exp(r / beta)]; None where it is not proper
+    calls: Calls
+    trace: list  # of States if asked for
+    finish: str
+
+    def draw(self, generator):
+        """One sample of each run (B, *shape): by weight, or the best (a tie goes to the first)."""
+        if self.finish == "best":
+            chosen = self.log_weights.argmax(1)
+        else:
+            chosen = _chance(generator).categoricals(self.log_weights)
+        return self.samples[torch.arange(len(chosen), device=chosen.device), chosen]
+
+    def evidence(self):
+        """log of the mean over runs of the estimates of Z, and its standard error (delta method; needs two runs)."""
+        if self.log_z is None:
+            raise ValueError("this method gives no unbiased estimate of Z")
+        if len(self.log_z) < 2:
+            raise ValueError("a standard error needs runs >= 2")
+        top = self.log_z.max()
+        z = (self.log_z - top).exp()
+        error = z.std(correction=1) / math.sqrt(len(z)) / z.mean()
+        return float(top + z.mean().log()), float(error)
+
+
+def run(
+    world, reward, *, beta, method, generator, value=None, particles=16, runs=1, children=None, condition=None,
+    chunk=None, proposal=None, trace=False,
+):  # fmt: skip
+    """Steer `world` towards p(x) exp(reward(x) / beta) / Z with a row of `METHODS`.
+
+    reward: a Reward, any callable from samples (n, *shape) to (n,), or on a `Chain` an array (K,). beta: temperature,
+    in units of the reward. method: a name in `METHODS` or a Method. generator: a torch.Generator (or a Chance) on the
+    world's device. value: one of `values`, by default the reward at E[x_0 | x_i]. particles K >= 1 in each of `runs`
+    independent populations; children: M, by default the method's. chunk: at most so many particles in one network
+    call, which bounds memory and changes results by rounding only (a value that draws random numbers draws them chunk
+    by chunk). proposal: another world on the same steps to propose from, its weights p / q corrected (a fine-tuned
+    model, say). trace: keep every State.
+
+    Before any work, raises ValueError for beta <= 0, counts < 1, an unknown method, a method that needs noise on a
+    world without any, and TypeError for a drift through a black-box reward. While it runs, ValueError for a NaN or
+    infinity from the model, reward or value, naming run, particle and step, and where all weights are zero.
+    """
+    kept = []
+    state = None
+    for state in steps(
+        world, reward, beta=beta, method=method, generator=generator, value=value, particles=particles, runs=runs,
+        children=children, condition=condition, chunk=chunk, proposal=proposal,
+    ):  # fmt: skip
+        if trace:
+            kept.append(state)
+    row = _method(method)
+    log_z = state.log_w.logsumexp(1) - math.log(particles) if row.proper else None
+    return Steered(state.x, state.log_w, log_z, state.calls, kept, row.finish)
+
+
+def steps(
+    world, reward, *, beta, method, generator, value=None, particles=16, runs=1, children=None, condition=None,
+    chunk=None, proposal=None,
+):  # fmt: skip
+    """The loop itself, a generator of States from i = world.steps down to 0. Arguments and errors: as in `run`."""
+    beta, row, chance = law.check_beta(beta), _method(method), _chance(generator)
+    runs, particles = law.check_count(runs, "runs"), law.check_count(particles, "particles")
+    m = law.check_count(row.children if children is None else children, "children")
+    chunk = None if chunk is None else law.check_count(chunk, "chunk")
+    reward = reward if callable(reward) else tensor_rewards.table(reward)
+    asks = row.twist is not None or row.drift is not None
+    _check(world, reward, row, value, m, proposal)
+    value = values.posterior_mean(reward) if value is None and asks else value
+    see = _Eyes(world, reward, value if asks else None, row.drift is not None, condition, chunk, proposal, runs)
+    return _loop(world, reward, beta, row, chance, see, runs, particles, m)
+
+
+@torch.no_grad()  # as a decorator: a context manager in a generator would leak to whoever iterates
+def _loop(world, reward, beta, row, chance, see, runs, particles, m):
+    count = runs * particles
+    x = _start(world, reward, beta, row, count, chance)
+    look, calls = see(x, world.steps, chance, Calls())
+    lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=x.device)
+    psi, running = _twist(row, look, None, lam, beta, world.steps, (runs, particles, 1), x)
+    psi, running = psi[..., 0], None if running is None else running[..., 0]
+    # the start is weighed but never selected: its children can be, one step later, at no cost
+    log_w = psi.clone()
+    yield State(
+        world.steps, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls
+    )  # fmt: skip
+    for i in range(world.steps - 1, -1, -1):
+        if row.temper is not None:
+            worth = torch.zeros_like(log_w) if look.value is None else look.value.view(runs, particles) / beta
+            lam = row.temper(log_w, worth, lam, i, world.steps)
+        children, log_ratio = _propose(world, row, look, see, x, i + 1, lam, beta, particles, m, chance)
+        flat = children.flatten(0, 1)
+        _finite(flat, i, particles * m, "the model's step")
+        new, calls = see(flat, i, chance, calls)
+        shape = (runs, particles, m)
+        wide = None if running is None else running.unsqueeze(-1).expand(shape)
+        twist, wide = _twist(row, new, wide, lam, beta, i, shape, flat)
+        if row.weigh:
+            gain = log_ratio.double().view(shape) + twist - psi.unsqueeze(-1)
+            log_w = log_w.unsqueeze(-1) + gain
+            _finite(log_w.flatten(), i, particles * m, "the weight", below=True)
+        else:
+            log_w = log_w.unsqueeze(-1).expand(shape)
+        try:
+            index, log_w = row.select(log_w, chance)
+        except ValueError as error:
+            raise ValueError(f"step {i}: {error}") from error
+        x, look, running, psi, parents = _gather(index, flat, new, wide, twist, m)
+        yield State(i, x.unflatten(0, (runs, particles)), look, running, psi, log_w, parents, lam, calls)
+
+
+def _start(world, reward, beta, row, count, chance):
+    if row.start == "own":
+        return world.start(count, chance)
+    if not hasattr(world, "tilted_start"):
+        raise TypeError(f"{type(world).__name__} cannot draw its tilted start exactly; take a method that weighs it")
+    finite = hasattr(world, "states") and not hasattr(world, "mask")
+    known = reward(torch.arange(world.states)).numpy() if finite else getattr(reward, "function", reward)
+    return world.tilted_start(count, chance, known, beta)
+
+
+def _propose(world, row, look, see, x, i, lam, beta, particles, m, chance):
+    """Children (n, m, *shape) of particles at step i, and log p - log q (n, m)."""
+    kernel = world.kernel(x, look.prediction, i)
+    noisy = not hasattr(kernel, "std") or bool(torch.as_tensor(kernel.std > 0).any())
+    other = see.proposal.kernel(x, look.proposed, i) if see.proposal is not None and noisy else None
+    proposal = kernel if other is None else other
+    if row.drift is not None:
+        heat = (lam / beta).repeat_interleave(particles)
+        proposal = proposal.tilt(row.drift(world, look, i, heat))
+    children, log_ratio = proposal.sample(m, chance)
+    if other is not None:
+        log_ratio = log_ratio + kernel.log_prob(children) - other.log_prob(children)
+    return children, log_ratio
+
+
+def _twist(row, look, running, lam, beta, i, shape, x):
+    """psi (B, K, M) in nats, and the running value of the method."""
+    if (row.twist is None and i > 0) or not row.weigh:
+        return torch.zeros(shape, dtype=torch.float64, device=x.device), running
+    value = look.value.view(shape)
+    if i == 0:  # whatever the potentials were, the last one is the reward
+        return value / beta, running
+    if row.twist in ("max", "sum"):
+        join = torch.maximum if row.twist == "max" else torch.add
+        running = value.clone() if running is None else join(running, value)
+        value = running
+    return lam.view(-1, 1, 1) * value / beta, running
+
+
+def _gather(index, x, look, running, psi, m):
+    """Everything of the chosen children, by the one index; and who their parents were."""
+    runs, particles = psi.shape[:2]
+    if index is None:
+        parents = torch.arange(particles, device=x.device).expand(runs, -1)
+        return x, look, None if running is None else running[..., 0], psi[..., 0], parents
+    row = torch.arange(runs, device=x.device)[:, None] * (particles * m)
+    flat = (index + row).flatten()
+
+    def take(tensor):
+        return None if tensor is None else tensor.index_select(0, flat)
+
+    def wide(tensor):
+        return None if tensor is None else tensor.flatten(1).gather(1, index)
+
+    return take(x), Look(*map(take, look)), wide(running), wide(psi), index // m
+
+
+class _Eyes:
+    """Network, value and gradient at particles x (n, *shape) of step i, in chunks; counts what it calls."""
+
+    def __init__(self, world, reward, value, slope, condition, chunk, proposal, runs):
+        self.world, self.reward, self.value, self.slope = world, reward, value, slope
+        self.condition, self.chunk, self.proposal, self.runs = condition, chunk, proposal, runs
+
+    def __call__(self, x, i, chance, calls):
+        n = len(x)
+        if i == 0:
+            parts = [self._reward(part) for part in x.split(self.chunk or n)]
+            found = Look(None, torch.cat(parts), None)
+            calls = calls.plus(reward=n)
+        else:
+            parts = [self._look(part, i, chance) for part in x.split(self.chunk or n)]
+            found = Look(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
+            cost = n * getattr(self.world, "cost", 1)
+            also = n * getattr(self.proposal, "cost", 1) if self.proposal is not None else 0
+            calls = calls.plus(model=cost + also)
+            if self.value is not None:
+                calls = calls.plus(value=n, gradient=cost if self.slope else 0)
+        for what in ("value", "grad"):
+            tensor = getattr(found, what)
+            if tensor is not None:
+                _finite(tensor, i, n // self.runs, f"the {'reward' if i == 0 else what}")
+        return found, calls
+
+    def _reward(self, x):
+        return torch.as_tensor(self.reward(x), dtype=torch.float64, device=x.device)
+
+    def _look(self, x, i, chance):
+        world, condition = self.world, self.condition
+        proposed = None if self.proposal is None else self.proposal.predict(x, i, condition)
+        if not self.slope:
+            prediction = world.predict(x, i, condition)
+            said = None if self.value is None else self.value(world, x, prediction, i, condition, chance).double()
+            return Look(prediction, said, None, proposed)
+        if not x.is_floating_point() and not hasattr(world, "one_hot"):
+            return self._table(x, i, chance, proposed)
+        with torch.enable_grad():
+            at = (x if x.is_floating_point() else world.one_hot(x)).detach().requires_grad_()
+            prediction = world.predict(at, i, condition)
+            said = self.value(world, at, prediction, i, condition, chance)
+            (grad,) = torch.autograd.grad(said.sum(), at)
+        return Look(prediction.detach(), said.detach().double(), grad, proposed)
+
+    def _table(self, x, i, chance, proposed):
+        """On a finite world the tilt needs no derivative: the values of all states one step on."""
+        world = self.world
+        prediction = world.predict(x, i, self.condition)
+        said = self.value(world, x, prediction, i, self.condition, chance).double()
+        every = torch.arange(world.states, device=x.device)
+        ahead = world.predict(every, i - 1, self.condition) if i > 1 else None
+        grad = self.value(world, every, ahead, i - 1, self.condition, chance).double()
+        return Look(prediction, said, grad.expand(len(x), -1), proposed)
+
+
+def _finite(tensor, i, each, what, below=False):
+    """Raises ValueError naming run, particle and step where `tensor` (n, ..) is not finite (below: -inf may be)."""
+    if torch.isfinite(tensor.sum()):  # one pass; the place is looked for only where it failed
+        return
+    wrong = ~torch.isfinite(tensor) & ~(tensor.isneginf() & below)
+    if wrong.any():
+        k = int(wrong.flatten(1).any(1).nonzero()[0] if wrong.ndim > 1 else wrong.nonzero()[0])
+        value = tensor.flatten(1)[k][wrong.flatten(1)[k]][0] if tensor.ndim > 1 else tensor[k]
+        raise ValueError(f"{what} is {float(value)} at step {i}, run {k // each}, particle {k % each}")
+
+
+def _check(world, reward, row, value, m, proposal):
+    if row.drift is not None and value is None and not getattr(reward, "differentiable", True):
+        raise TypeError(
+            f"{getattr(reward, 'name', 'the reward')} is a black box without a gradient: take a method without a "
+            "drift, or give a learned value"
+        )
+    if m > 1 and getattr(row.select, "one_child", False):
+        raise ValueError(f"this method selects nothing, so it has one child per particle, not {m}")
+    coefficients = getattr(world, "coef", None)
+    noise_needed = row.twist is not None or row.drift is not None
+    if noise_needed and coefficients is not None and not (torch.as_tensor(coefficients.std) > 0).any():
+        raise ValueError(
+            "every reverse step of this world is deterministic: copies of a particle would stay the same and drifts do "
+            "nothing. Give it a sampler with noise (an SDE, or eta > 0), or take importance or best_of_n"
+        )
+    if proposal is not None and proposal.steps != world.steps:
+        raise ValueError(f"the proposal has {proposal.steps} steps, the world {world.steps}")
+
+
+def _method(method):
+    from tiltlib.steer.rows import METHODS
+
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def _chance(generator):
+    return generator if isinstance(generator, Chance) else Chance(generator)
