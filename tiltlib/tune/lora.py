@@ -146,15 +146,8 @@ def fit(
         batch = Batch([policy.prompts[k] for k in rows], tokens, lengths)
         return policy.split(batch, share / len(rows)), {}
 
-    settings = {
-        "row": "likelihood", "queries": queries, "samples": samples, "prompts": _fingerprint(prompts),
-        "pool": training.digest(pool.tokens, pool.lengths, values),
-    }  # fmt: skip
-    history = training.train(
-        policy, draw, steps=steps, learning_rate=learning_rate, generator=generator, checkpoint=checkpoint,
-        every=every, settings=settings,
-    )  # fmt: skip
-    return Tuned(policy.tuned, history)
+    settings = {"row": "likelihood", "samples": samples, "pool": training.digest(pool.tokens, pool.lengths, values)}
+    return _train(policy, draw, settings, steps, learning_rate, generator, checkpoint, every)
 
 
 def reinforce(
@@ -184,16 +177,17 @@ def reinforce(
         return [(batch, coefficients / queries) for batch, coefficients in parts], notes
 
     settings = {
-        "row": "reinforce", "beta": float(beta), "queries": queries, "samples": samples,
-        "prompts": _fingerprint(prompts), "max_new_tokens": max_new_tokens,
+        "row": "reinforce", "beta": float(beta), "samples": samples, "max_new_tokens": max_new_tokens,
         "reward": getattr(reward, "name", None) or getattr(reward, "__name__", "reward"),
     }  # fmt: skip
+    return _train(policy, draw, settings, steps, learning_rate, generator, checkpoint, every)
+
+
+def _train(policy, draw, settings, steps, learning_rate, generator, checkpoint, every):
+    """What every row ends in; a checkpoint fits the same settings, prompts and queries only."""
+    prompts = hashlib.sha256(json.dumps(policy.prompts).encode()).hexdigest()[:16]
     history = training.train(
         policy, draw, steps=steps, learning_rate=learning_rate, generator=generator, checkpoint=checkpoint,
-        every=every, settings=settings,
+        every=every, settings=settings | {"queries": policy.queries, "prompts": prompts},
     )  # fmt: skip
     return Tuned(policy.tuned, history)
-
-
-def _fingerprint(texts):
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
