@@ -48,7 +48,7 @@ class Method:
 
     twist     what psi is made of before i = 0: "last" value, the running "max" or "sum" of the values, or None
     drift     (world, look, i, heat) -> the tilt g of the kernel that leaves step i, heat = lam / beta (B * K,); or None
-    children  M, drawn from each particle
+    children  M, drawn from each particle; a run starts from K M candidates
     select    (log_w (B, K, M), chance) -> (positions (B, K) among K * M, or None for "as they are"; log_w (B, K))
     temper    (log_w, value / beta (B, K), lam (B,), i, steps) -> the next lam (B,), fixed before proposing; or None
     finish    what `Steered.draw` returns: a particle "by weight", or the "best"
@@ -148,17 +148,14 @@ def steps(
 
 @torch.no_grad()  # as a decorator: a context manager in a generator would leak to whoever iterates
 def _loop(world, reward, beta, row, chance, see, runs, particles, m):
-    count = runs * particles
-    x = _start(world, reward, beta, row, count, chance)
-    look, calls = see(x, world.steps, chance, Calls())
-    lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=x.device)
-    psi, running = _twist(row, look, None, lam, beta, world.steps, (runs, particles, 1), x)
-    psi, running = psi[..., 0], None if running is None else running[..., 0]
-    # the start is weighed but never selected: its children can be, one step later, at no cost
-    log_w = psi.clone()
-    yield State(
-        world.steps, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls
-    )  # fmt: skip
+    shape = (runs, particles, m)
+    flat = _start(world, reward, beta, row, runs * particles * m, chance)
+    new, calls = see(flat, world.steps, chance, Calls())
+    lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=flat.device)
+    twist, wide = _twist(row, new, None, lam, beta, world.steps, shape, flat)
+    index, log_w = _select(row, twist, chance, world.steps)  # the start has candidates too, and is selected like a step
+    x, look, running, psi, _ = _gather(index, flat, new, wide, twist, m)
+    yield State(world.steps, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls)
     for i in range(world.steps - 1, -1, -1):
         if row.temper is not None:
             worth = torch.zeros_like(log_w) if look.value is None else look.value.view(runs, particles) / beta
@@ -167,7 +164,6 @@ def _loop(world, reward, beta, row, chance, see, runs, particles, m):
         flat = children.flatten(0, 1)
         _finite(flat, i, particles * m, "the model's step")
         new, calls = see(flat, i, chance, calls)
-        shape = (runs, particles, m)
         wide = None if running is None else running.unsqueeze(-1).expand(shape)
         twist, wide = _twist(row, new, wide, lam, beta, i, shape, flat)
         if row.weigh:
@@ -176,10 +172,7 @@ def _loop(world, reward, beta, row, chance, see, runs, particles, m):
             _finite(log_w.flatten(), i, particles * m, "the weight", below=True)
         else:
             log_w = log_w.unsqueeze(-1).expand(shape)
-        try:
-            index, log_w = row.select(log_w, chance)
-        except ValueError as error:
-            raise ValueError(f"step {i}: {error}") from error
+        index, log_w = _select(row, log_w, chance, i)
         x, look, running, psi, parents = _gather(index, flat, new, wide, twist, m)
         yield State(i, x.unflatten(0, (runs, particles)), look, running, psi, log_w, parents, lam, calls)
 
@@ -221,6 +214,13 @@ def _twist(row, look, running, lam, beta, i, shape, x):
         running = value.clone() if running is None else join(running, value)
         value = running
     return lam.view(-1, 1, 1) * value / beta, running
+
+
+def _select(row, log_w, chance, i):
+    try:
+        return row.select(log_w, chance)
+    except ValueError as error:
+        raise ValueError(f"step {i}: {error}") from error
 
 
 def _gather(index, x, look, running, psi, m):

@@ -7,6 +7,7 @@ Images are (n, 1, 8, 8), from -1 (paper) to 1 (ink); a condition is a digit 0..9
 
 import hashlib
 import json
+import warnings
 
 import torch
 from torch import nn
@@ -85,7 +86,9 @@ def digits(kind="eps", *, sampler="ancestral", steps=50, device="cpu", dtype=tor
         times = 1000 * grid.t
     folder = verified(kind, folder)
 
-    from diffusers import DDIMScheduler, UNet2DModel  # seconds to import: only where a model is wanted
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # a progress bar's wish for a widget, on every page
+        from diffusers import DDIMScheduler, UNet2DModel  # seconds to import: only where a model is wanted
 
     if kind == "eps":
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
