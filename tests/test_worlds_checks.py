@@ -343,3 +343,8 @@ def test_no_global_randomness_is_used():
 def test_right_worlds_pass_for_other_seeds(seed):
     check(Right(), seed=seed)
     check(Sequence(*SEQUENCE), seed=seed)
+
+
+def test_the_rollout_cannot_be_skipped():
+    with pytest.raises(ValueError, match="needs the rollout"):
+        check(Right(), skip=("rollout",))

@@ -7,13 +7,16 @@ from typing import NamedTuple
 HOMES = {
     "Chain": "tiltlib.worlds.chain",
     "Diffusion": "tiltlib.worlds.base",
+    "Digits": "tiltlib.worlds.digit_models",
     "Guided": "tiltlib.worlds.guided",
     "Mixture": "tiltlib.worlds.mixture",
     "Quadratic": "tiltlib.worlds.mixture",
     "Sequence": "tiltlib.worlds.sequence",
     "World": "tiltlib.worlds.base",
     "check": "tiltlib.worlds.checks",
+    "classifier": "tiltlib.worlds.digit_models",
     "digits": "tiltlib.worlds.digit_models",
+    "load_images": "tiltlib.worlds.digit_models",
     "rna": "tiltlib.worlds.sequence",
     "language": "tiltlib.worlds.language_model",
 }

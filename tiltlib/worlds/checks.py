@@ -40,11 +40,14 @@ def check(world, *, condition=None, particles=256, tolerance=0.1, seed=0, skip=(
     condition: one that the world knows. particles: more find smaller mistakes (a model that is only approximately
     right must be off by `tolerance`, in relative terms, to fail). skip: names of checks that are not wanted, e.g.
     "posterior" for a guided world, whose clean image is no posterior mean. ValueError: one or more checks fail, unless
-    raises=False; the message names all of them. Also for a world without the methods, or unknown names in skip.
+    raises=False; the message names all of them. Also for a world without the methods, unknown names in skip, or
+    "rollout" in it, which all others need.
     """
     unknown = set(skip) - set(CHECKS)
     if unknown:
         raise ValueError(f"unknown checks {sorted(unknown)}; known: {', '.join(CHECKS)}")
+    if "rollout" in skip:
+        raise ValueError("every other check needs the rollout: it cannot be skipped")
     if not isinstance(particles, int) or isinstance(particles, bool) or particles < 2:
         raise ValueError(f"particles must be an integer >= 2, not {particles!r}")
     missing = [name for name in ("start", "predict", "kernel", "clean", "renoise") if not hasattr(world, name)]
