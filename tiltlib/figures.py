@@ -47,6 +47,29 @@ METHODS = {
     "gold": ("#8a6d00", "gold reward"),
     "proxy": ("#6a51a3", "proxy reward"),
     "wrong": ("#cc3344", "wrong on purpose"),
+    # guided samplers, and what a state is worth
+    "guided_ode": ("#00805c", "guided ODE"),
+    "guided_sde": ("#9350a8", "guided SDE"),
+    "soft_value": ("#111111", "soft value"),
+    "hard_value": ("#b5561d", "hard value"),
+    "posterior_mean": ("#2f6fb0", "posterior mean"),
+    "learned_value": ("#7a4fa0", "learned value"),
+    # rows of the particle loop, and the searches beside it
+    "importance": ("#0072b2", "importance weights"),
+    "svdd": ("#4c7d0c", "SVDD"),
+    "svdd_greedy": ("#8f6d00", "SVDD, greedy"),
+    "smc": ("#7b3fb5", "SMC"),
+    "fk_max": ("#6b6b1e", "FK, max"),
+    "fk_sum": ("#96587a", "FK, sum"),
+    "nested": ("#4059ad", "nested SMC"),
+    "beam": ("#b3435c", "beam"),
+    "tds": ("#c2257a", "TDS"),
+    "das": ("#007d7d", "DAS"),
+    "gradient_guidance": ("#c0392b", "gradient guidance"),
+    "classifier_guidance": ("#a8480f", "guidance, tilted start"),
+    "rollover_budget": ("#1e7d4f", "rollover budget"),
+    "tree_search": ("#7a4e2d", "tree search"),
+    "refine": ("#0077a3", "refinement"),
 }
 
 _STYLE = {
