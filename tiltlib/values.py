@@ -8,8 +8,9 @@ here make values; with beta=None they aim at the hard value E[r(x_0) | x_i], the
     monte_carlo     regression of r or exp(r/beta)     soft_bellman     the same, each step on the next one's value
     look_ahead      any value, k steps further on, and averaged back
 
-A value is differentiable by x (through the prediction too, if that was computed from x) where its reward is;
-learned ones always are, for a black-box reward as well. Uehara et al. 2025, sections 3 and 5.
+A value with `needs_prediction = False` takes None for the prediction: steering then asks the network only at particles
+that go on. A value is differentiable by x (through the prediction too, if that was computed from x) where its reward
+is; learned ones always are, for a black-box reward as well. Uehara et al. 2025, sections 3 and 5.
 """
 
 import math
@@ -33,7 +34,7 @@ def exact(reward, beta):
     beta = _temperature(beta)
     known, bare = WeakKeyDictionary(), getattr(reward, "function", reward)
 
-    @_by_step(reward)
+    @_by_step(reward, needs_prediction=False)
     def value(world, x, prediction, i, condition, chance):
         if condition is not None:
             raise ValueError("exact values are those of the world without a condition")
@@ -182,7 +183,7 @@ def _learn(world, reward, chance, rollouts, beta, condition, bootstrap, training
     fitted = (_tabulate if finite else _regress)(world, walk, ends, beta, bootstrap, chance, **training)
     steps, shape = world.steps, walk[0].shape[1:]
 
-    @_by_step(reward)
+    @_by_step(reward, needs_prediction=False)
     def value(world, x, prediction, i, condition, chance):
         relaxed = x.is_floating_point() and not walk[0].is_floating_point()
         if world.steps != steps or (x.shape[1:-1] if relaxed else x.shape[1:]) != shape:
@@ -272,7 +273,7 @@ def _features(world, x):
 # -------------------------------------------------------------------------------------------------------------- shared
 
 
-def _by_step(reward):
+def _by_step(reward, needs_prediction=True):
     """Makes a Value of a function for one integer step i: particles at other steps are treated apart; at 0 it is r."""
 
     def decorate(function):
@@ -299,6 +300,7 @@ def _by_step(reward):
             return torch.cat(parts)[torch.cat(order).argsort()]
 
         value.__name__, value.__doc__ = function.__name__, function.__doc__
+        value.needs_prediction = needs_prediction
         return value
 
     return decorate

@@ -16,16 +16,8 @@ import torch
 
 from tiltlib import law, tensor_rewards, values
 from tiltlib.chance import Chance
+from tiltlib.steer.look import Eyes, Look, finite
 from tiltlib.worlds import Calls
-
-
-class Look(NamedTuple):
-    """Everything computed at n particles; gathered as a whole, so that nothing is left behind at a resampling."""
-
-    prediction: torch.Tensor | None  # of the world, None at i = 0
-    value: torch.Tensor | None  # (n,) float64, in units of the reward; None where the method asks for none
-    grad: torch.Tensor | None  # of the value, in the shape that `Kernel.tilt` takes
-    proposed: torch.Tensor | None = None  # prediction of the proposal, where it is another world
 
 
 class State(NamedTuple):
@@ -142,7 +134,7 @@ def steps(
     asks = row.twist is not None or row.drift is not None
     _check(world, reward, row, value, m, proposal)
     value = values.posterior_mean(reward) if value is None and asks else value
-    see = _Eyes(world, reward, value if asks else None, row.drift is not None, condition, chunk, proposal, runs)
+    see = Eyes(world, reward, value if asks else None, row.drift is not None, condition, chunk, proposal, runs)
     return _loop(world, reward, beta, row, chance, see, runs, particles, m)
 
 
@@ -150,11 +142,12 @@ def steps(
 def _loop(world, reward, beta, row, chance, see, runs, particles, m):
     shape = (runs, particles, m)
     flat = _start(world, reward, beta, row, runs * particles * m, chance)
-    new, calls = see(flat, world.steps, chance, Calls())
+    new, calls = see.worth(flat, world.steps, chance, Calls())
     lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=flat.device)
     twist, wide = _twist(row, new, None, lam, beta, world.steps, shape, flat)
     index, log_w = _select(row, twist, chance, world.steps)  # the start has candidates too, and is selected like a step
     x, look, running, psi, _ = _gather(index, flat, new, wide, twist, m)
+    look, calls = see.complete(look, x, world.steps, calls)
     yield State(world.steps, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls)
     for i in range(world.steps - 1, -1, -1):
         if row.temper is not None:
@@ -162,18 +155,19 @@ def _loop(world, reward, beta, row, chance, see, runs, particles, m):
             lam = row.temper(log_w, worth, lam, i, world.steps)
         children, log_ratio = _propose(world, row, look, see, x, i + 1, lam, beta, particles, m, chance)
         flat = children.flatten(0, 1)
-        _finite(flat, i, particles * m, "the model's step")
-        new, calls = see(flat, i, chance, calls)
+        finite(flat, i, particles * m, "the model's step")
+        new, calls = see.worth(flat, i, chance, calls)
         wide = None if running is None else running.unsqueeze(-1).expand(shape)
         twist, wide = _twist(row, new, wide, lam, beta, i, shape, flat)
         if row.weigh:
             gain = log_ratio.double().view(shape) + twist - psi.unsqueeze(-1)
             log_w = log_w.unsqueeze(-1) + gain
-            _finite(log_w.flatten(), i, particles * m, "the weight", below=True)
+            finite(log_w.flatten(), i, particles * m, "the weight", below=True)
         else:
             log_w = log_w.unsqueeze(-1).expand(shape)
         index, log_w = _select(row, log_w, chance, i)
         x, look, running, psi, parents = _gather(index, flat, new, wide, twist, m)
+        look, calls = see.complete(look, x, i, calls)
         yield State(i, x.unflatten(0, (runs, particles)), look, running, psi, log_w, parents, lam, calls)
 
 
@@ -232,81 +226,10 @@ def _gather(index, x, look, running, psi, m):
     row = torch.arange(runs, device=x.device)[:, None] * (particles * m)
     flat = (index + row).flatten()
 
-    def take(tensor):
-        return None if tensor is None else tensor.index_select(0, flat)
-
     def wide(tensor):
         return None if tensor is None else tensor.flatten(1).gather(1, index)
 
-    return take(x), Look(*map(take, look)), wide(running), wide(psi), index // m
-
-
-class _Eyes:
-    """Network, value and gradient at particles x (n, *shape) of step i, in chunks; counts what it calls."""
-
-    def __init__(self, world, reward, value, slope, condition, chunk, proposal, runs):
-        self.world, self.reward, self.value, self.slope = world, reward, value, slope
-        self.condition, self.chunk, self.proposal, self.runs = condition, chunk, proposal, runs
-
-    def __call__(self, x, i, chance, calls):
-        n = len(x)
-        if i == 0:
-            parts = [self._reward(part) for part in x.split(self.chunk or n)]
-            found = Look(None, torch.cat(parts), None)
-            calls = calls.plus(reward=n)
-        else:
-            parts = [self._look(part, i, chance) for part in x.split(self.chunk or n)]
-            found = Look(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
-            cost = n * getattr(self.world, "cost", 1)
-            also = n * getattr(self.proposal, "cost", 1) if self.proposal is not None else 0
-            calls = calls.plus(model=cost + also)
-            if self.value is not None:
-                calls = calls.plus(value=n, gradient=cost if self.slope else 0)
-        for what in ("value", "grad"):
-            tensor = getattr(found, what)
-            if tensor is not None:
-                _finite(tensor, i, n // self.runs, f"the {'reward' if i == 0 else what}")
-        return found, calls
-
-    def _reward(self, x):
-        return torch.as_tensor(self.reward(x), dtype=torch.float64, device=x.device)
-
-    def _look(self, x, i, chance):
-        world, condition = self.world, self.condition
-        proposed = None if self.proposal is None else self.proposal.predict(x, i, condition)
-        if not self.slope:
-            prediction = world.predict(x, i, condition)
-            said = None if self.value is None else self.value(world, x, prediction, i, condition, chance).double()
-            return Look(prediction, said, None, proposed)
-        if not x.is_floating_point() and not hasattr(world, "one_hot"):
-            return self._table(x, i, chance, proposed)
-        with torch.enable_grad():
-            at = (x if x.is_floating_point() else world.one_hot(x)).detach().requires_grad_()
-            prediction = world.predict(at, i, condition)
-            said = self.value(world, at, prediction, i, condition, chance)
-            (grad,) = torch.autograd.grad(said.sum(), at)
-        return Look(prediction.detach(), said.detach().double(), grad, proposed)
-
-    def _table(self, x, i, chance, proposed):
-        """On a finite world the tilt needs no derivative: the values of all states one step on."""
-        world = self.world
-        prediction = world.predict(x, i, self.condition)
-        said = self.value(world, x, prediction, i, self.condition, chance).double()
-        every = torch.arange(world.states, device=x.device)
-        ahead = world.predict(every, i - 1, self.condition) if i > 1 else None
-        grad = self.value(world, every, ahead, i - 1, self.condition, chance).double()
-        return Look(prediction, said, grad.expand(len(x), -1), proposed)
-
-
-def _finite(tensor, i, each, what, below=False):
-    """Raises ValueError naming run, particle and step where `tensor` (n, ..) is not finite (below: -inf may be)."""
-    if torch.isfinite(tensor.sum()):  # one pass; the place is looked for only where it failed
-        return
-    wrong = ~torch.isfinite(tensor) & ~(tensor.isneginf() & below)
-    if wrong.any():
-        k = int(wrong.flatten(1).any(1).nonzero()[0] if wrong.ndim > 1 else wrong.nonzero()[0])
-        value = tensor.flatten(1)[k][wrong.flatten(1)[k]][0] if tensor.ndim > 1 else tensor[k]
-        raise ValueError(f"{what} is {float(value)} at step {i}, run {k // each}, particle {k % each}")
+    return x.index_select(0, flat), look.take(flat), wide(running), wide(psi), index // m
 
 
 def _check(world, reward, row, value, m, proposal):

@@ -3,8 +3,9 @@
     base               the model itself                      importance, soft_best_of_n   weights r / beta at the end
     best_of_n          the best of K                          svdd, svdd_greedy            one child of each parent
     smc (= fk)         twisted by the value, resampled        fk_max, fk_sum               its running max or sum
-    nested             SVDD that keeps its weights            tds, das                     SMC with a gradient drift
-    gradient_guidance  DPS: the drift, no weights             classifier_guidance          the same from a tilted start
+    nested             SVDD that keeps its weights            beam                         the K best of all children
+    tds, das           SMC with a gradient drift              gradient_guidance            DPS: the drift, no weights
+    classifier_guidance  DPS from a tilted start
 
 Each function returns a `Method`; `METHODS` holds those that need no options.
 """
@@ -13,7 +14,7 @@ import math
 
 import torch
 
-from tiltlib import law
+from tiltlib import law, resampling
 from tiltlib.chance import effective_sample_size
 from tiltlib.steer.loop import Method
 
@@ -55,8 +56,9 @@ def population(ess=0.5, scheme="systematic"):
     """All children of a run compete for its K places, where their effective sample size is below `ess` K M.
 
     ess: 0 never resamples, 1 always (also when all weights are equal). With several children they always compete,
-    since only K can go on. ValueError: ess outside [0, 1].
+    since only K can go on. scheme: one of `resampling.SCHEMES`. ValueError: ess outside [0, 1], unknown scheme.
     """
+    resampling.check_scheme(scheme)
     if isinstance(ess, bool) or not isinstance(ess, (int, float)) or not 0 <= ess <= 1:
         raise ValueError(f"the ESS threshold must be a number in [0, 1], not {ess!r}")
 
@@ -69,11 +71,18 @@ def population(ess=0.5, scheme="systematic"):
         if not need.any():
             return None, log_w[..., 0]
         index = torch.arange(k, device=log_w.device).expand(runs, -1).clone()
-        index[need] = chance.ancestors(flat[need], k, scheme)
+        index[need] = resampling.ancestors(flat[need], k, chance, scheme)
         mean = (flat.logsumexp(1, keepdim=True) - math.log(k * m)).expand(-1, k)
         return index, torch.where(need[:, None], mean, flat[:, :k])
 
     return select
+
+
+def top(log_w, chance):
+    """The K best of all K M children of a run, with their weights: a beam."""
+    flat = log_w.flatten(1)
+    index = flat.topk(log_w.shape[1]).indices.sort(1).values
+    return index, flat.gather(1, index)
 
 
 def _flat(child, log_w):
@@ -184,9 +193,7 @@ def svdd(children=4, greedy=False):
 
     Chains do not compete, so nothing corrects what finite M leaves out: it is not exact at any beta.
     """
-    return Method(
-        siblings(greedy), "last", children=law.check_count(children, "children"), proper=False
-    )  # fmt: skip
+    return Method(siblings(greedy), "last", children=law.check_count(children, "children"), proper=False)
 
 
 def smc(ess=0.5, scheme="systematic", potential="last"):
@@ -202,6 +209,14 @@ def smc(ess=0.5, scheme="systematic", potential="last"):
 def nested_smc(children=4, ess=0.5):
     """Nested SMC: SVDD's choice among siblings, with weights kept and parents that compete."""
     return Method(nested(ess), "last", children=law.check_count(children, "children"))
+
+
+def beam(children=4):
+    """Beam search: the K children of the highest value go on, whoever their parents are; `draw` returns the best.
+
+    Its law is another than the tilt, at any K and M: it tends to the maximum of the value among what is proposed.
+    """
+    return Method(top, "last", children=law.check_count(children, "children"), finish="best", proper=False)
 
 
 def tds(ess=0.5):
@@ -237,6 +252,7 @@ METHODS = {
     "fk_max": smc(potential="max"),
     "fk_sum": smc(potential="sum"),
     "nested": nested_smc(),
+    "beam": beam(),
     "tds": tds(),
     "das": das(),
     "gradient_guidance": gradient_guidance(),
