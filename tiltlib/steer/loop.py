@@ -132,7 +132,7 @@ def steps(
     chunk = None if chunk is None else law.check_count(chunk, "chunk")
     reward = reward if callable(reward) else tensor_rewards.table(reward)
     asks = row.twist is not None or row.drift is not None
-    _check(world, reward, row, value, m, proposal)
+    _check(world, reward, row, value, m, proposal, chance)
     value = values.posterior_mean(reward) if value is None and asks else value
     see = Eyes(world, reward, value if asks else None, row.drift is not None, condition, chunk, proposal, runs)
     return _loop(world, reward, beta, row, chance, see, runs, particles, m)
@@ -232,7 +232,10 @@ def _gather(index, x, look, running, psi, m):
     return x.index_select(0, flat), look.take(flat), wide(running), wide(psi), index // m
 
 
-def _check(world, reward, row, value, m, proposal):
+def _check(world, reward, row, value, m, proposal, chance):
+    here, there = getattr(getattr(chance, "generator", None), "device", None), getattr(world, "device", None)
+    if here is not None and there is not None and here.type != torch.device(there).type:
+        raise ValueError(f"the generator is on {here}, the world on {there}: make the generator there")
     if row.drift is not None and value is None and not getattr(reward, "differentiable", True):
         raise TypeError(
             f"{getattr(reward, 'name', 'the reward')} is a black box without a gradient: take a method without a "
