@@ -40,13 +40,13 @@ class Eyes:
         """(Look, calls): values and gradients at x, and predictions where the value reads them; the reward at i = 0."""
         n = len(x)
         if i == 0:
-            found = Look(None, torch.cat([self._reward(part) for part in x.split(self.chunk or n)]), None)
+            found = Look(None, _join([self._reward(part) for part in x.split(self.chunk or n)]), None)
             calls = calls.plus(reward=n)
         elif self.value is None:
             return Look(None, None, None), calls
         else:
             parts = [self._look(*part, i, chance) for part in self._chunks(x)]
-            found = Look(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
+            found = Look(*(_join(each) for each in zip(*parts, strict=True)))
             calls = calls.plus(value=n)
             if self.early:
                 calls = self._count(calls, n, gradient=self.slope)
@@ -61,30 +61,33 @@ class Eyes:
         if i == 0 or look.prediction is not None:
             return look, calls
         parts = [self._predict(*part, i) for part in self._chunks(x)]
-        said, proposed = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
+        said, proposed = (_join(each) for each in zip(*parts, strict=True))
         return look._replace(prediction=said, proposed=proposed), self._count(calls, len(x))
 
-    def scattered(self, x, i, chance, calls):
+    def scattered(self, x, i, chance, calls, who="particle", predict=True):
         """(Look, calls) at particles of different steps i, an integer tensor (n,), predictions included; no gradients.
 
-        The value is the reward where i = 0; the prediction there is zero. A condition is one for all, or (n,).
+        The value is the reward where i = 0; the prediction there is zero (None where all are). A condition is one for all, or (n,).
+        who: what an error calls the n particles. predict: False leaves the prediction out where the value reads none.
         """
         values, prediction = torch.zeros(len(x), dtype=torch.float64, device=x.device), None
         ends, inside = (i == 0).nonzero()[:, 0], (i > 0).nonzero()[:, 0]
         if len(ends):
-            values[ends] = torch.cat([self._reward(part) for part in x[ends].split(self.chunk or len(x))])
+            values[ends] = _join([self._reward(part) for part in x[ends].split(self.chunk or len(x))])
         each = isinstance(self.condition, torch.Tensor) and self.condition.ndim
-        for here in inside.split(self.chunk or len(x)):
+        for here in inside.split(self.chunk or len(x)) if len(inside) else ():
             condition, at = self.condition[here] if each else self.condition, i[here]
-            said = self.world.predict(x[here], at, condition)
-            prediction = said.new_zeros(len(x), *said.shape[1:]) if prediction is None else prediction
-            prediction[here] = said
+            said = self.world.predict(x[here], at, condition) if predict or self.early else None
+            if said is not None:
+                prediction = said.new_zeros(len(x), *said.shape[1:]) if prediction is None else prediction
+                prediction[here] = said
             if self.value is not None:
                 values[here] = self.value(self.world, x[here], said, at, condition, chance).double()
-        calls = self._count(calls.plus(reward=len(ends), value=len(inside) if self.value else 0), len(inside))
+        asked = len(inside) if predict or self.early else 0
+        calls = self._count(calls.plus(reward=len(ends), value=len(inside) if self.value else 0), asked)
         if not torch.isfinite(values.sum()):
             k = int((~torch.isfinite(values)).nonzero()[0])
-            raise ValueError(f"the value is {float(values[k])} at step {int(i[k])}, particle {k}")
+            raise ValueError(f"the value is {float(values[k])} at step {int(i[k])}, {who} {k}")
         return Look(prediction, values, None), calls
 
     def _count(self, calls, n, gradient=False):
@@ -132,6 +135,11 @@ class Eyes:
         ahead = world.predict(every, i - 1, condition) if self.early and i > 1 else None
         grad = self.value(world, every, ahead, i - 1, condition, chance).double()
         return Look(prediction, said, grad.expand(len(x), -1), proposed)
+
+
+def _join(parts):
+    """Parts (n, ..) of chunks as one tensor, without copying where there is one; None for parts that are None."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def finite(tensor, i, each, what, below=False):

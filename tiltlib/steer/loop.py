@@ -92,7 +92,7 @@ class Steered(NamedTuple):
 
 def run(
     world, reward, *, beta, method, generator, value=None, particles=16, runs=1, children=None, condition=None,
-    chunk=None, proposal=None, trace=False,
+    chunk=None, proposal=None, start=None, pinned=None, trace=False,
 ):  # fmt: skip
     """Steer `world` towards p(x) exp(reward(x) / beta) / Z with a row of `METHODS`.
 
@@ -102,7 +102,9 @@ def run(
     independent populations; children: M, by default the method's. chunk: at most so many particles in one network
     call, which bounds memory and changes results by rounding only (a value that draws random numbers draws them chunk
     by chunk). proposal: another world on the same steps to propose from, its weights p / q corrected (a fine-tuned
-    model, say). trace: keep every State.
+    model, say). start: (x (runs, particles, *shape), i), where the particles start instead of at noise; log_z is then
+    that of the way down from there. pinned: a path x_0, .., x_i, each (runs, *shape), that particle 0 of each run is
+    made to follow (conditional SMC; the row must select accordingly, as those of `refine` do). trace: keep every State.
 
     Before any work, raises ValueError for beta <= 0, counts < 1, an unknown method, a method that needs noise on a
     world without any, and TypeError for a drift through a black-box reward. While it runs, ValueError for a NaN or
@@ -112,7 +114,7 @@ def run(
     state = None
     for state in steps(
         world, reward, beta=beta, method=method, generator=generator, value=value, particles=particles, runs=runs,
-        children=children, condition=condition, chunk=chunk, proposal=proposal,
+        children=children, condition=condition, chunk=chunk, proposal=proposal, start=start, pinned=pinned,
     ):  # fmt: skip
         if trace:
             kept.append(state)
@@ -123,7 +125,7 @@ def run(
 
 def steps(
     world, reward, *, beta, method, generator, value=None, particles=16, runs=1, children=None, condition=None,
-    chunk=None, proposal=None,
+    chunk=None, proposal=None, start=None, pinned=None,
 ):  # fmt: skip
     """The loop itself, a generator of States from i = world.steps down to 0. Arguments and errors: as in `run`."""
     beta, row, chance = law.check_beta(beta), _method(method), _chance(generator)
@@ -135,33 +137,42 @@ def steps(
     _check(world, reward, row, value, m, proposal, chance)
     value = values.posterior_mean(reward) if value is None and asks else value
     see = Eyes(world, reward, value if asks else None, row.drift is not None, condition, chunk, proposal, runs)
-    return _loop(world, reward, beta, row, chance, see, runs, particles, m)
+    _check_start(world, row, start, pinned, runs, particles, proposal)
+    return _loop(world, reward, beta, row, chance, see, runs, particles, m, start, pinned)
 
 
 @torch.no_grad()  # as a decorator: a context manager in a generator would leak to whoever iterates
-def _loop(world, reward, beta, row, chance, see, runs, particles, m):
-    shape = (runs, particles, m)
-    flat = _start(world, reward, beta, row, runs * particles * m, chance)
-    new, calls = see.worth(flat, world.steps, chance, Calls())
+def _loop(world, reward, beta, row, chance, see, runs, particles, m, start, pinned):
+    shape, first = (runs, particles, m), world.steps if start is None else start[1]
+    if start is None:
+        flat = _start(world, reward, beta, row, runs * particles * m, chance)
+    else:
+        flat = start[0].flatten(0, 1).repeat_interleave(m, 0)
+    if pinned is not None:
+        flat[:: particles * m] = pinned[first]
+    new, calls = see.worth(flat, first, chance, Calls())
     lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=flat.device)
-    twist, wide = _twist(row, new, None, lam, beta, world.steps, shape, flat)
-    index, log_w = _select(row, twist, chance, world.steps)  # the start has candidates too, and is selected like a step
+    twist, wide = _twist(row, new, None, lam, beta, first, shape, flat)
+    index, log_w = _select(row, twist, chance, first)  # the start has candidates too, and is selected like a step
     x, look, running, psi, _ = _gather(index, flat, new, wide, twist, m)
-    look, calls = see.complete(look, x, world.steps, calls)
-    yield State(world.steps, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls)
-    for i in range(world.steps - 1, -1, -1):
+    look, calls = see.complete(look, x, first, calls)
+    yield State(first, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls)
+    for i in range(first - 1, -1, -1):
         if row.temper is not None:
             worth = torch.zeros_like(log_w) if look.value is None else look.value.view(runs, particles) / beta
-            lam = row.temper(log_w, worth, lam, i, world.steps)
+            lam = row.temper(log_w, worth, lam, i, first)
         children, log_ratio = _propose(world, row, look, see, x, i + 1, lam, beta, particles, m, chance)
+        if pinned is not None:
+            children[::particles, 0] = pinned[i]
         flat = children.flatten(0, 1)
         finite(flat, i, particles * m, "the model's step")
         new, calls = see.worth(flat, i, chance, calls)
         wide = None if running is None else running.unsqueeze(-1).expand(shape)
         twist, wide = _twist(row, new, wide, lam, beta, i, shape, flat)
         if row.weigh:
-            gain = log_ratio.double().view(shape) + twist - psi.unsqueeze(-1)
-            log_w = log_w.unsqueeze(-1) + gain
+            log_w = (log_w - psi).unsqueeze(-1) + twist
+            if log_ratio is not None:
+                log_w += log_ratio.double().view(shape)
             finite(log_w.flatten(), i, particles * m, "the weight", below=True)
         else:
             log_w = log_w.unsqueeze(-1).expand(shape)
@@ -182,7 +193,7 @@ def _start(world, reward, beta, row, count, chance):
 
 
 def _propose(world, row, look, see, x, i, lam, beta, particles, m, chance):
-    """Children (n, m, *shape) of particles at step i, and log p - log q (n, m)."""
+    """Children (n, m, *shape) of particles at step i, and log p - log q (n, m), or None where the two are the same."""
     kernel = world.kernel(x, look.prediction, i)
     noisy = not hasattr(kernel, "std") or bool(torch.as_tensor(kernel.std > 0).any())
     other = see.proposal.kernel(x, look.proposed, i) if see.proposal is not None and noisy else None
@@ -193,7 +204,7 @@ def _propose(world, row, look, see, x, i, lam, beta, particles, m, chance):
     children, log_ratio = proposal.sample(m, chance)
     if other is not None:
         log_ratio = log_ratio + kernel.log_prob(children) - other.log_prob(children)
-    return children, log_ratio
+    return children, None if proposal is kernel else log_ratio
 
 
 def _twist(row, look, running, lam, beta, i, shape, x):
@@ -207,7 +218,7 @@ def _twist(row, look, running, lam, beta, i, shape, x):
         join = torch.maximum if row.twist == "max" else torch.add
         running = value.clone() if running is None else join(running, value)
         value = running
-    return lam.view(-1, 1, 1) * value / beta, running
+    return (lam / beta).view(-1, 1, 1) * value, running
 
 
 def _select(row, log_w, chance, i):
@@ -252,6 +263,20 @@ def _check(world, reward, row, value, m, proposal, chance):
         )
     if proposal is not None and proposal.steps != world.steps:
         raise ValueError(f"the proposal has {proposal.steps} steps, the world {world.steps}")
+
+
+def _check_start(world, row, start, pinned, runs, particles, proposal):
+    first = world.steps
+    if start is not None:
+        x, first = start
+        if not isinstance(first, int) or isinstance(first, bool) or not 1 <= first <= world.steps:
+            raise ValueError(f"start is at a step from 1 to {world.steps}, not {first!r}")
+        if x.shape[:2] != (runs, particles):
+            raise ValueError(f"start has states (runs, particles, ..) = {(runs, particles)}, not {tuple(x.shape[:2])}")
+    if pinned is not None and (row.drift is not None or proposal is not None):
+        raise ValueError("a pinned path is weighed as the model's own steps: take a row without drift, no proposal")
+    if pinned is not None and (len(pinned) != first + 1 or any(len(x) != runs for x in pinned)):
+        raise ValueError(f"a pinned path has {first + 1} states x_0, .., x_{first} for each of {runs} runs")
 
 
 def _method(method):

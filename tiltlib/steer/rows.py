@@ -15,7 +15,6 @@ import math
 import torch
 
 from tiltlib import law, resampling
-from tiltlib.chance import effective_sample_size
 from tiltlib.steer.loop import Method
 
 # ------------------------------------------------------------------------------------------------------------ select
@@ -65,7 +64,9 @@ def population(ess=0.5, scheme="systematic"):
     def select(log_w, chance):
         runs, k, m = log_w.shape
         flat = log_w.flatten(1)
-        share = effective_sample_size(flat) / (k * m)
+        share = effective_size(flat) / (k * m)
+        if share.isnan().any():
+            raise ValueError("all weights of a run are zero (log-weights -inf): nothing can be chosen")
         need = (share <= ess) if ess == 1 else (share < ess)
         need = need | (m > 1) | torch.full_like(need, ess == 1)
         if not need.any():
@@ -75,7 +76,17 @@ def population(ess=0.5, scheme="systematic"):
         mean = (flat.logsumexp(1, keepdim=True) - math.log(k * m)).expand(-1, k)
         return index, torch.where(need[:, None], mean, flat[:, :k])
 
+    select.ess = ess  # read by the searches: their conditional form has the same threshold
     return select
+
+
+def effective_size(log_w):
+    """(sum w)^2 / sum w^2 (B,) of log-weights (B, K): as `chance.effective_sample_size`, unchecked and so faster.
+
+    NaN where all weights are zero.
+    """
+    w = (log_w - log_w.amax(1, keepdim=True)).exp_()
+    return w.sum(1).square() / torch.linalg.vecdot(w, w)
 
 
 def top(log_w, chance):
@@ -130,7 +141,7 @@ def adaptive(ess=0.5):
         goal = ess * log_w.shape[1]
 
         def enough(to):
-            return effective_sample_size(log_w + (to - lam)[:, None] * worth) >= goal
+            return effective_size(log_w + (to - lam)[:, None] * worth) >= goal
 
         low, high = lam.clone(), torch.ones_like(lam)
         reached = enough(high)

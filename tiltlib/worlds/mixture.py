@@ -40,7 +40,10 @@ class Quadratic:
         return cls(strength * centre, -strength, -strength / 2 * float(centre @ centre))
 
     def __call__(self, x):
-        return (x * (self._bend(x) / 2 + self.vector.to(x))).sum(-1) + self.constant
+        if self.curvature.ndim:
+            return (x * (self._bend(x) / 2 + self.vector.to(x))).sum(-1) + self.constant
+        square = paths.square(x).mul_(float(self.curvature) / 2) if self.curvature else 0.0
+        return x @ self.vector.to(x) + square + self.constant
 
     def gradient(self, x):
         """Qx + vector, of x (..., d)."""
