@@ -267,6 +267,27 @@ MUTANTS = [
         "test_values.py::test_regressing_the_reward_is_biased_and_regressing_its_exponential_is_consistent",
     ),
     Mutant(
+        "what a step saved does not roll over",
+        "steer/rollover.py",
+        "share + ahead * (quota - used)",
+        "share + ahead * 0",
+        "test_rollover.py::test_the_ledger_can_be_audited",
+    ),
+    Mutant(
+        "a forced move lowers the best-ever record",
+        "steer/rollover.py",
+        'ahead if record == "best_ever" else move',
+        "move",
+        "test_rollover.py::test_the_ledger_can_be_audited",
+    ),
+    Mutant(
+        "a particle of a converted world is not scaled",
+        "worlds/converted.py",
+        "return x * paths.at(self.scale, i, x)",
+        "return x",
+        "test_worlds_converted.py::test_it_is_the_world_that_the_grid_would_have",
+    ),
+    Mutant(
         "the mean weight is dropped at a resampling",
         "steer/rows.py",
         "torch.where(need[:, None], mean, flat[:, :k])",

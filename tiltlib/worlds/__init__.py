@@ -6,6 +6,7 @@ from typing import NamedTuple
 # name -> module that holds it; the literal table is also read by the runner to know what a chapter depends on
 HOMES = {
     "Chain": "tiltlib.worlds.chain",
+    "Converted": "tiltlib.worlds.converted",
     "Diffusion": "tiltlib.worlds.base",
     "Digits": "tiltlib.worlds.digit_models",
     "Guided": "tiltlib.worlds.guided",
@@ -16,7 +17,9 @@ HOMES = {
     "check": "tiltlib.worlds.checks",
     "classifier": "tiltlib.worlds.digit_models",
     "digits": "tiltlib.worlds.digit_models",
+    "flow_digits": "tiltlib.worlds.converted",
     "load_images": "tiltlib.worlds.digit_models",
+    "matching": "tiltlib.worlds.converted",
     "rna": "tiltlib.worlds.sequence",
     "language": "tiltlib.worlds.language_model",
 }
