@@ -67,8 +67,8 @@ class Eyes:
     def scattered(self, x, i, chance, calls, who="particle", predict=True):
         """(Look, calls) at particles of different steps i, an integer tensor (n,), predictions included; no gradients.
 
-        The value is the reward where i = 0; the prediction there is zero (None where all are). A condition is one for all, or (n,).
-        who: what an error calls the n particles. predict: False leaves the prediction out where the value reads none.
+        The value is the reward where i = 0; the prediction there is zero, or None if all are there. A condition is one
+        for all, or (n,). who: what an error calls the n particles. predict: False: none unless the value reads it.
         """
         values, prediction = torch.zeros(len(x), dtype=torch.float64, device=x.device), None
         ends, inside = (i == 0).nonzero()[:, 0], (i > 0).nonzero()[:, 0]

@@ -143,18 +143,20 @@ def steps(
 
 @torch.no_grad()  # as a decorator: a context manager in a generator would leak to whoever iterates
 def _loop(world, reward, beta, row, chance, see, runs, particles, m, start, pinned):
-    shape, first = (runs, particles, m), world.steps if start is None else start[1]
+    shape = (runs, particles, m)
     if start is None:
+        first, wanted = world.steps, m  # the start has candidates too, and is selected like a step
         flat = _start(world, reward, beta, row, runs * particles * m, chance)
     else:
-        flat = start[0].flatten(0, 1).repeat_interleave(m, 0)
+        first, wanted = start[1], 1
+        flat = start[0].flatten(0, 1).clone()
     if pinned is not None:
-        flat[:: particles * m] = pinned[first]
+        flat[:: particles * wanted] = pinned[first]
     new, calls = see.worth(flat, first, chance, Calls())
     lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=flat.device)
-    twist, wide = _twist(row, new, None, lam, beta, first, shape, flat)
-    index, log_w = _select(row, twist, chance, first)  # the start has candidates too, and is selected like a step
-    x, look, running, psi, _ = _gather(index, flat, new, wide, twist, m)
+    twist, wide = _twist(row, new, None, lam, beta, first, (runs, particles, wanted), flat)
+    index, log_w = _select(row, twist, chance, first)
+    x, look, running, psi, _ = _gather(index, flat, new, wide, twist, wanted)
     look, calls = see.complete(look, x, first, calls)
     yield State(first, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls)
     for i in range(first - 1, -1, -1):
