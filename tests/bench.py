@@ -29,19 +29,19 @@ def entry(rounds=15):
 
 
 def best(calls, rounds=15, seconds=0.02):
-    """Best seconds per call of each callable; they take turns, so that a busy machine slows all of them."""
+    """Best CPU seconds per call of each callable; they take turns, so that a busy machine slows all of them."""
     repeats = []
     for call in calls:
-        start = time.perf_counter()
+        start = time.process_time()
         call()  # also warms caches
-        repeats.append(max(1, int(seconds / max(time.perf_counter() - start, 1e-9))))
+        repeats.append(max(1, int(seconds / max(time.process_time() - start, 1e-9))))
     times = [float("inf")] * len(calls)
     for _ in range(rounds):
         for i, (call, repeat) in enumerate(zip(calls, repeats, strict=True)):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(repeat):
                 call()
-            times[i] = min(times[i], (time.perf_counter() - start) / repeat)
+            times[i] = min(times[i], (time.process_time() - start) / repeat)
     return times
 
 
@@ -116,6 +116,131 @@ def iterated_kernel():
     return lambda: bestofn.iterated_kernel(p, r, 1.0, 1000), {
         "one matrix product of the same size, (300, 72) @ (72, 300)": lambda: left @ right
     }
+
+
+def _mixture(dim, steps=100):
+    import torch
+
+    from tiltlib.worlds import Mixture
+
+    means = np.random.default_rng(0).normal(size=(3, dim)) * 2
+    return Mixture([0.3, 0.45, 0.25], means, [0.3, 0.5, 0.4], steps=steps, dtype=torch.float32)
+
+
+def _particle_loop(n, dim):
+    """Tempered SMC with the posterior-mean value on a mixture, systematic resampling below half; and its rivals.
+
+    The rivals do the same arithmetic on the same world: its exact scores alone, the scores and the noise, and the loop
+    as one would write it by hand for this one method, without checks, batches of runs or counts.
+    """
+    import torch
+
+    from tiltlib import steer, values
+    from tiltlib import tensor_rewards as rewards
+    from tiltlib.chance import systematic
+    from tiltlib.steer import rows
+
+    torch.set_num_threads(1)
+    world, generator, beta = _mixture(dim), torch.Generator().manual_seed(0), 0.5
+    reward = rewards.quadratic(np.ones(dim), 0.1)
+    row = rows.das(tempering=rows.exponential(0.05), drift=False)
+
+    @torch.no_grad()
+    def ours():
+        options = {"value": values.posterior_mean(reward), "particles": n, "generator": generator}
+        steer.run(world, reward, beta=beta, method=row, **options)
+
+    @torch.no_grad()
+    def bare(noise=False):
+        x = torch.randn(n, dim, generator=generator)
+        for i in range(world.steps, 0, -1):
+            world.predict(x, i)
+            if noise:
+                torch.randn(n, dim, generator=generator)
+
+    class Draw:
+        def uniforms(self, shape, device=None):
+            return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    @torch.no_grad()
+    def by_hand():
+        x = torch.randn(n, dim, generator=generator)
+        clean = world.predict(x, world.steps)
+        psi, log_w = torch.zeros(n), torch.zeros(n)
+        for i in range(world.steps, 0, -1):
+            mean = float(world.coef.x[i]) * x + float(world.coef.x0[i]) * clean
+            x = mean + float(world.coef.std[i]) * torch.randn(n, dim, generator=generator)
+            clean = world.predict(x, i - 1) if i > 1 else x
+            lam = min(1.05 ** (world.steps - i + 1) - 1, 1.0) if i > 1 else 1.0
+            new = lam * -0.05 * (clean - 1).square().sum(1) / beta
+            log_w, psi = log_w + new - psi, new
+            w = log_w.double().softmax(0)
+            if 1 / w.square().sum() < n / 2:
+                kept = systematic(w[None], n, Draw())[0]
+                x, clean, psi, log_w = x[kept], clean[kept], psi[kept], torch.zeros(n)
+
+    rivals = {
+        "its exact scores alone": bare,
+        "scores and noise": lambda: bare(noise=True),
+        "the same method written by hand": by_hand,
+    }
+    return ours, rivals | _particles(n, world, reward, beta)
+
+
+def _particles(n, world, reward, beta):
+    """The same model and method in the library `particles`, where it is installed."""
+    try:
+        import particles
+    except ImportError:
+        return {}
+    from tests.peers import feynman_kac
+
+    lam = [1.0] + [min(1.05**j - 1, 1.0) for j in range(world.steps - 1, -1, -1)]
+    model = feynman_kac(world, reward, beta, lam)
+    return {"particles.SMC": lambda: particles.SMC(model, N=n, resampling="systematic", ESSrmin=0.5).run()}
+
+
+@entry(rounds=3)
+def particle_loop():
+    """10 000 particles in dimension 2, 100 steps of tempered SMC with the posterior-mean value"""
+    return _particle_loop(10_000, 2)
+
+
+@entry(rounds=3)
+def particle_loop_many():
+    """100 000 particles in dimension 2"""
+    return _particle_loop(100_000, 2)
+
+
+@entry(rounds=3)
+def particle_loop_wide():
+    """10 000 particles in dimension 64"""
+    return _particle_loop(10_000, 64)
+
+
+@entry(rounds=3)
+def digits_steering():
+    """64 particles of digits, 20 steps of SMC with the posterior-mean value; every row costs nearly the same"""
+    import torch
+
+    from tiltlib import steer, worlds
+    from tiltlib import tensor_rewards as rewards
+
+    torch.set_num_threads(1)
+    world, reward = worlds.digits("flow", sampler="flow_grpo", steps=20), rewards.brightness()
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def bare():
+        x = torch.randn(64, 1, 8, 8, generator=generator)
+        for i in range(20, 0, -1):
+            world.predict(x, i)
+
+    def run(method):
+        steer.run(world, reward, beta=0.05, method=method, particles=64, generator=generator)
+
+    others = {f"the row {name}": (lambda name=name: run(name)) for name in ("base", "importance")}
+    return lambda: run("smc"), {"its network calls alone": bare} | others
 
 
 @entry(rounds=2)
