@@ -434,6 +434,50 @@ def test_a_value_that_does_not_fit_the_world():
         learned(other, other.start(2, chance()), None, 2)
 
 
+def test_several_values_are_learned_from_one_walk():
+    world, calls = chain(), []
+    path = values.walk(world, 300, chance(4))
+    assert [x.shape for x in path] == [(300,)] * (world.steps + 1)
+    world.predict = lambda *a: calls.append(a)  # nothing is asked of the network again
+    hard, soft = (
+        values.table(world, values.monte_carlo(world, REWARD, chance=chance(), rollouts=path, beta=beta))
+        for beta in (None, BETA)
+    )
+    assert len(calls) == 2 * (world.steps)  # by `table`, and by nobody else
+    ends = REWARD[path[0]]
+    for state in path[2].unique():
+        met = ends[path[2] == state]
+        np.testing.assert_allclose(hard[2, state], met.mean(), rtol=1e-12)
+        np.testing.assert_allclose(soft[2, state], BETA * np.log(np.exp(met / BETA).mean()), rtol=1e-12)
+    with pytest.raises(ValueError, match="5 steps do not fit a world of 4"):
+        values.monte_carlo(chain(steps=4), REWARD, chance=chance(), rollouts=path)
+
+
+def test_a_value_of_images_sees_what_stands_anywhere():
+    """Is a bar horizontal? Convolutions learn it from examples elsewhere in the image, a plain network less well."""
+    pick = torch.Generator().manual_seed(0)
+
+    def bars(n):
+        flat, x = torch.rand(n, generator=pick) < 0.4, torch.full((n, 1, 7, 9), -1.0)
+        for k in range(n):
+            row, column = (int(torch.randint(1, size - 1, (), generator=pick)) for size in (7, 9))
+            x[(k, 0, row, slice(column - 1, column + 2)) if flat[k] else (k, 0, slice(row - 1, row + 2), column)] = 1.0
+        return [x, x + 0.3 * torch.randn(x.shape, generator=pick)], flat.double()
+
+    class One:
+        steps = 1
+
+    (path, r), (fresh, truth) = bars(500), bars(500)
+    lookup = rewards.Reward("flat", lambda x: r, "share", 0.0, 1.0)
+    unexplained = {}
+    for filters in (16, 0):
+        options = {"iterations": 250, "batch": 128, "filters": filters}
+        value = values.monte_carlo(One(), lookup, chance=chance(1), rollouts=path, **options)
+        said = value(One(), fresh[1], None, 1).double()
+        unexplained[filters] = 1 - float(torch.corrcoef(torch.stack([said, truth]))[0, 1]) ** 2
+    assert unexplained[16] < 0.1 and unexplained[16] < unexplained[0] / 2, unexplained
+
+
 def test_the_gradient_of_a_black_box_is_refused():
     world = mixture()
     x = world.start(3, chance()).requires_grad_()

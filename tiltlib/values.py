@@ -87,8 +87,9 @@ def monte_carlo(world, reward, *, chance, rollouts=2000, beta=None, condition=No
     """A value learned by regression on `rollouts` of the world: of exp(r/beta), consistent, or with beta=None of r.
 
     Regression of r (SVDD-MC) learns E[r | x_i], which stays away from the soft value however many the roll-outs.
-    Costs rollouts x steps network calls and `rollouts` reward calls. On finite worlds a table of means (a state never
-    met gets the mean over all); else a small network of `width` (default 64) units, trained in seconds by AdamW for
+    Costs rollouts x steps network calls and `rollouts` reward calls; with those that `walk` made, no further network
+    call. On finite worlds a table of means (a state never met gets the mean over all); else a small network of `width`
+    (default 64) units, for images behind three convolutions of `filters` (32; 0 for none), trained by AdamW for
     `iterations` (1000) on batches of `batch` (512), at `rate` (3e-3) with weight decay `decay` (0.1); exp(r/beta) with
     the Poisson loss exp(f) - w f, whose optimum is exp f = E[w | x]. It overfits where roll-outs are few or beta small.
     The value fits particles of the same shape on a world of the same steps: ValueError elsewhere.
@@ -102,6 +103,16 @@ def soft_bellman(world, reward, *, chance, rollouts=2000, beta=None, condition=N
     exp(v_i / beta) = E[exp(v_{i-1} / beta) | x_i]: roll-outs that meet share what they learn.
     """
     return _learn(world, reward, chance, rollouts, beta, condition, True, training)
+
+
+def walk(world, n, chance, condition=None):
+    """n roll-outs of the world: a list of x_0 .. x_steps, each (n, *shape). Costs n x steps network calls."""
+    with torch.no_grad():
+        path = [world.start(law.check_count(n, "n"), chance)]
+        for i in range(world.steps, 0, -1):
+            x = path[-1]
+            path.append(world.kernel(x, world.predict(x, i, condition), i).sample(1, chance)[0][:, 0])
+    return path[::-1]
 
 
 def look_ahead(value, k, *, beta=None, samples=None):
@@ -166,26 +177,25 @@ def table(world, value, *, condition=None, chance=None):
 
 
 def _learn(world, reward, chance, rollouts, beta, condition, bootstrap, training):
-    beta, rollouts = _temperature(beta), law.check_count(rollouts, "rollouts")
-    unknown = set(training) - {"iterations", "batch", "width", "rate", "decay"}
-    if unknown:
-        raise TypeError(f"unknown training options {sorted(unknown)}; known: iterations, batch, width, rate, decay")
+    beta, known = _temperature(beta), ("iterations", "batch", "width", "rate", "decay", "filters")
+    if set(training) - set(known):
+        raise TypeError(f"unknown training options {sorted(set(training) - set(known))}; known: {', '.join(known)}")
+    made = isinstance(rollouts, list)
+    if made and len(rollouts) != world.steps + 1:
+        raise ValueError(f"roll-outs of {len(rollouts) - 1} steps do not fit a world of {world.steps}")
+    if not made:
+        rollouts = walk(world, law.check_count(rollouts, "rollouts"), chance, condition)
     with torch.no_grad():
-        walk = [world.start(rollouts, chance)]
-        for i in range(world.steps, 0, -1):
-            x = walk[-1]
-            walk.append(world.kernel(x, world.predict(x, i, condition), i).sample(1, chance)[0][:, 0])
-        walk = walk[::-1]  # walk[i] is x_i
-        ends = _worth(reward, walk[0]).double()
+        ends = _worth(reward, rollouts[0]).double()
     if not torch.isfinite(ends).all():
         raise ValueError("the reward of a roll-out is not finite")
     finite = getattr(world, "states", TABLE) * (world.steps + 1) < TABLE
-    fitted = (_tabulate if finite else _regress)(world, walk, ends, beta, bootstrap, chance, **training)
-    steps, shape = world.steps, walk[0].shape[1:]
+    fitted = (_tabulate if finite else _regress)(world, rollouts, ends, beta, bootstrap, chance, **training)
+    steps, shape, tokens = world.steps, rollouts[0].shape[1:], not rollouts[0].is_floating_point()
 
     @_by_step(reward, needs_prediction=False)
     def value(world, x, prediction, i, condition, chance):
-        relaxed = x.is_floating_point() and not walk[0].is_floating_point()
+        relaxed = x.is_floating_point() and tokens
         if world.steps != steps or (x.shape[1:-1] if relaxed else x.shape[1:]) != shape:
             raise ValueError(
                 f"the value was learned on {steps} steps and particles {tuple(shape)}; it does not fit "
@@ -213,25 +223,38 @@ def _tabulate(world, walk, ends, beta, bootstrap, chance):
     return lambda world, x, i: rows.to(x.device)[i, _index(world, x)]
 
 
-def _regress(world, walk, ends, beta, bootstrap, chance, iterations=1000, batch=512, width=64, rate=3e-3, decay=0.1):
-    steps, n = world.steps, len(ends)
+def _regress(
+    world, walk, ends, beta, bootstrap, chance, iterations=1000, batch=512, width=64, rate=3e-3, decay=0.1, filters=32
+):  # fmt: skip
+    steps, n, shape = world.steps, len(ends), walk[0].shape[1:]
     points = torch.stack([_features(world, x) for x in walk])
-    centre, scale = points.mean(1, keepdim=True), points.std(1, keepdim=True).clamp(min=1e-3)
+    image = walk[0].is_floating_point() and len(shape) == 3 and filters > 0  # (channels, height, width)
+    over = (1, 2) if image else 1  # one scale for all pixels: an edge that never varies must not be magnified
+    centre, scale = points.mean(over, keepdim=True), points.std(over, keepdim=True).clamp(min=1e-3)
     # v = shift + unit f: f is of order one, and exp f has mean one where exp(r/beta) is regressed
     shift = _average(ends, beta)
     unit = torch.as_tensor(beta if beta is not None else ends.std().clamp(min=1e-12))
     target, shift, unit = ((ends - shift) / unit).float(), shift.float(), unit.float()
-    sizes = [points.shape[-1] + 5, width, width, 1]
-    weights = [
-        (chance.normals((a, b), device=points.device) / a**0.5, torch.zeros(b, device=points.device))
-        for a, b in pairwise(sizes)
-    ]
-    parameters = [p.requires_grad_() for layer in weights for p in layer]
+
+    def layer(inputs, outputs, *kernel):
+        draw = chance.normals((inputs, outputs) if not kernel else (outputs, inputs, *kernel), device=points.device)
+        return draw / (inputs * math.prod(kernel)) ** 0.5, torch.zeros(outputs, device=points.device)
+
+    channels = [shape[0] + 5, filters, filters, filters] if image else []
+    seen = filters * -(-shape[1] // 4) * -(-shape[2] // 4) if image else points.shape[-1]
+    stem = [layer(a, b, 3, 3) for a, b in pairwise(channels)]
+    weights = [layer(a, b) for a, b in pairwise([seen + 5, width, width, 1])]
+    parameters = [p.requires_grad_() for pair in stem + weights for p in pair]
 
     def network(features, i):
         s = i.to(features) / steps
-        waves = [s, *(f(torch.pi * k * s) for f in (torch.sin, torch.cos) for k in (1, 2))]
-        h = torch.cat([(features - centre[i, 0]) / scale[i, 0], torch.stack(waves, -1)], -1)
+        waves = torch.stack([s, *(f(torch.pi * k * s) for f in (torch.sin, torch.cos) for k in (1, 2))], -1)
+        h = (features - centre[i, 0]) / scale[i, 0]
+        if image:
+            h = torch.cat([h.unflatten(1, shape), waves[:, :, None, None].expand(-1, -1, *shape[1:])], 1)
+            for stride, (a, b) in zip((1, 2, 2), stem, strict=True):
+                h = torch.nn.functional.silu(torch.nn.functional.conv2d(h, a, b, stride, 1))
+        h = torch.cat([h.flatten(1), waves], -1)
         for k, (a, b) in enumerate(weights):
             h = h @ a + b
             h = torch.nn.functional.silu(h) if k < len(weights) - 1 else h
