@@ -10,7 +10,7 @@ from tiltlib.files import ROOT
 
 FLOORS = [
     {"files", "law", "chance", "paths"},
-    {"bestofn", "resampling", "worlds"},
+    {"bestofn", "enumeration", "resampling", "worlds"},
     {"rewards"},
     {"tensor_rewards", "values", "pool"},
     {"steer"},

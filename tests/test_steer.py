@@ -1,6 +1,5 @@
 """The particle loop against exact answers: every row by enumeration of all its random outcomes, on a small chain."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -10,58 +9,10 @@ import torch
 
 from tiltlib import bestofn, steer, values
 from tiltlib import tensor_rewards as rewards
-from tiltlib.chance import BELOW_ONE, Chance, inverse_cdf, normalised
+from tiltlib.chance import Chance
+from tiltlib.enumeration import outcomes
 from tiltlib.steer import rows
 from tiltlib.worlds import Chain, Guided, Mixture, Sequence, digits
-
-
-class Script(Chance):
-    """Plays one branch of the tree of all outcomes: `choices` fixes the first picks, the rest take the first option."""
-
-    def __init__(self, choices):
-        self.choices, self.options, self.probability = choices, [], 1.0
-
-    def pick(self, probabilities):
-        possible = [k for k, p in enumerate(probabilities) if p > 0]
-        at = self.choices[len(self.options)] if len(self.options) < len(self.choices) else 0
-        self.options.append(len(possible))
-        self.probability *= probabilities[possible[at]]
-        return possible[at]
-
-    def categoricals(self, log_weights):
-        weights = normalised(log_weights)
-        return torch.tensor([self.pick(row) for row in weights.view(-1, weights.shape[-1]).tolist()]).view(
-            weights.shape[:-1]
-        )
-
-    def ancestors(self, log_weights, count=None, scheme="systematic"):
-        """Systematic resampling depends on its one uniform through finitely many stretches of it."""
-        weights = normalised(log_weights)
-        count = weights.shape[1] if count is None else count
-        chosen = []
-        for row in weights:
-            cuts = (count * row.cumsum(0)) % 1
-            edges = torch.cat([torch.zeros(1), cuts, torch.ones(1)]).double().sort().values
-            k = self.pick(edges.diff().tolist())
-            points = (torch.arange(count) + (edges[k] + edges[k + 1]) / 2) / count
-            chosen.append(inverse_cdf(row, points.clamp(max=BELOW_ONE)))
-        return torch.stack(chosen)
-
-
-def outcomes(function):
-    """(probability, function(chance)) of every branch."""
-    choices = []
-    while True:
-        script = Script(choices)
-        result = function(script)
-        yield script.probability, result
-        played = list(choices) + [0] * (len(script.options) - len(choices))
-        while played and played[-1] + 1 == script.options[len(played) - 1]:
-            played.pop()
-        if not played:
-            return
-        played[-1] += 1
-        choices = played
 
 
 def chain(steps=2):
@@ -148,8 +99,9 @@ def test_another_proposal_is_corrected_by_its_weights():
 def test_a_draw_by_weight_from_importance_is_soft_best_of_n(n):
     *_, drawn = expectations("soft_best_of_n", particles=n)
     assert drawn == pytest.approx(bestofn.soft_law(chain().laws[0], R, BETA, n), abs=1e-12)
-    *_, drawn = expectations(rows.smc(1.0), particles=n)
-    assert n == 1 or abs(drawn - bestofn.soft_law(chain().laws[0], R, BETA, n)).max() > 1e-4
+    if n == 2:  # particles that are resampled on the way have another law
+        *_, drawn = expectations(rows.smc(1.0), particles=n)
+        assert abs(drawn - bestofn.soft_law(chain().laws[0], R, BETA, n)).max() > 1e-4
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -435,14 +387,3 @@ def test_evidence_needs_a_proper_row_and_two_runs():
         one.evidence()
     with pytest.raises(ValueError, match="unbiased"):
         steer.run(chain(), R, beta=BETA, method="svdd", generator=generator).evidence()
-
-
-def test_the_enumeration_itself():
-    """Two coins and a systematic resampling: probabilities of all branches sum to one, counts are as they should be."""
-    weights = torch.tensor([[0.25, 0.75]]).log().double()
-    table = [(p, tuple(a[0].tolist())) for p, a in outcomes(lambda c: c.ancestors(weights, 2))]
-    assert sum(p for p, _ in table) == pytest.approx(1)
-    counts = sum(p * np.bincount(a, minlength=2) for p, a in table)
-    assert counts == pytest.approx([0.5, 1.5])
-    pairs = [p for p, _ in outcomes(lambda c: c.categoricals(torch.tensor([[0.2, 0.8]]).log().repeat(2, 1)))]
-    assert sorted(pairs) == pytest.approx(sorted(a * b for a, b in itertools.product((0.2, 0.8), repeat=2)))
