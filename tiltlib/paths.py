@@ -259,10 +259,11 @@ def linear(value, x, gain, offset, i, otherwise):
     if value.shape != x.shape:
         raise ValueError(f"a prediction of shape {tuple(value.shape)} does not fit particles {tuple(x.shape)}")
     gain, offset = at(gain, i, x), at(offset, i, x)
-    if not torch.isfinite(torch.as_tensor(gain + offset)).all():
+    plain = isinstance(gain, float)
+    if not (math.isfinite(gain + offset) if plain else bool(torch.isfinite(gain + offset).all())):
         raise ValueError(f"{otherwise} at step {i.tolist() if isinstance(i, torch.Tensor) else i}")
     # added in place: a large tensor costs more to allocate than to fill
-    return (value * gain).add_(x, alpha=offset) if isinstance(offset, float) else (value * gain).add_(x * offset)
+    return (value * gain).add_(x, alpha=offset) if plain else (value * gain).add_(x * offset)
 
 
 def square(x):

@@ -197,9 +197,9 @@ def _start(world, reward, beta, row, count, chance):
 def _propose(world, row, look, see, x, i, lam, beta, particles, m, chance):
     """Children (n, m, *shape) of particles at step i, and log p - log q (n, m), or None where the two are the same."""
     kernel = world.kernel(x, look.prediction, i)
-    noisy = not hasattr(kernel, "std") or bool(torch.as_tensor(kernel.std > 0).any())
-    other = see.proposal.kernel(x, look.proposed, i) if see.proposal is not None and noisy else None
-    proposal = kernel if other is None else other
+    proposal, other = kernel, None
+    if see.proposal is not None and (not hasattr(kernel, "std") or bool(torch.as_tensor(kernel.std > 0).any())):
+        proposal = other = see.proposal.kernel(x, look.proposed, i)
     if row.drift is not None:
         heat = (lam / beta).repeat_interleave(particles)
         proposal = proposal.tilt(row.drift(world, look, i, heat))
