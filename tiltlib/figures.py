@@ -54,6 +54,7 @@ METHODS = {
     "hard_value": ("#b5561d", "hard value"),
     "posterior_mean": ("#2f6fb0", "posterior mean"),
     "learned_value": ("#7a4fa0", "learned value"),
+    "soft_bellman": ("#1e7d4f", "soft Bellman"),
     # rows of the particle loop, and the searches beside it
     "importance": ("#0072b2", "importance weights"),
     "svdd": ("#4c7d0c", "SVDD"),
@@ -66,6 +67,7 @@ METHODS = {
     "tds": ("#c2257a", "TDS"),
     "das": ("#007d7d", "DAS"),
     "gradient_guidance": ("#c0392b", "gradient guidance"),
+    "rescaled_gradient": ("#00756a", "gradient / prediction"),
     "classifier_guidance": ("#a8480f", "guidance, tilted start"),
     "rollover_budget": ("#1e7d4f", "rollover budget"),
     "tree_search": ("#7a4e2d", "tree search"),
@@ -152,6 +154,72 @@ def slope(ax, x, y0: float, exponent: float, text: str) -> None:
     y = y0 * (x / x[0]) ** exponent
     ax.plot(x, y, ":", color=INK, linewidth=1.2)
     ax.annotate(text, (x[-1], y[-1]), xytext=(3, 0), textcoords="offset points", va="center")
+
+
+# One colour per letter of an RNA drawing, light enough apart in grey too.
+LETTERS = {"A": "#2f6fb0", "C": "#c46a00", "G": "#1e7d4f", "U": "#b5427f"}
+
+
+def layout(structure: str):
+    """Places (n, 2) of the letters of a secondary structure in dots and brackets: neighbours and pairs at distance one.
+
+    Every loop is a regular polygon, two stacked pairs a square, and what lies outside all pairs a straight line; so the
+    path turns at a letter by pi less the angles of the loops that it belongs to. Long stems may run across each other.
+    Raises ValueError for brackets that do not match.
+    """
+    partner, opened = {}, []
+    for k, mark in enumerate(structure):
+        if mark == "(":
+            opened.append(k)
+        elif mark == ")" and opened:
+            partner[k] = opened.pop()
+            partner[partner[k]] = k
+        elif mark != ".":
+            raise ValueError(f"the brackets of {structure!r} do not match at letter {k}")
+    if opened:
+        raise ValueError(f"a bracket of {structure!r} is not closed")
+    angle = np.zeros(len(structure))
+
+    def walk(k, end):
+        """Letters of one loop, from k up to end, jumping over what its pairs enclose."""
+        while k < end:
+            yield k
+            if partner.get(k, -1) > k:
+                yield partner[k]
+                k = partner[k]
+            k += 1
+
+    for k in walk(0, len(structure)):
+        angle[k] += np.pi
+    for i, j in partner.items():
+        if i < j:
+            loop = [i, *walk(i + 1, j), j]
+            angle[loop] += np.pi * (1 - 2 / len(loop))
+    heading = np.cumsum(angle - np.pi)  # the way on from each letter
+    steps = np.stack([np.cos(heading), np.sin(heading)], 1)
+    return np.concatenate([np.zeros((1, 2)), np.cumsum(steps[:-1], 0)])
+
+
+def molecule(ax, text: str, structure: str) -> None:
+    """Draw an RNA string folded into a structure in dots and brackets: a dot per letter, a bar per pair.
+
+    Raises ValueError where the two differ in length, or the brackets do not match.
+    """
+    if len(text) != len(structure):
+        raise ValueError(f"{len(text)} letters do not fit a structure of {len(structure)}")
+    places, opened = layout(structure), []
+    centred = places - places.mean(0)
+    places = centred @ np.linalg.svd(centred, full_matrices=False)[2].T[:, ::-1]  # the long side upright
+    ax.plot(*places.T, color=INK, linewidth=0.8, zorder=1)
+    for k, mark in enumerate(structure):
+        if mark == "(":
+            opened.append(k)
+        elif mark == ")":
+            ax.plot(*places[[opened.pop(), k]].T, color=INK, linewidth=1.6, zorder=1)
+    ax.scatter(*places.T, s=16, c=[LETTERS[letter] for letter in text], zorder=2)
+    ax.annotate("5'", places[0], xytext=(4, -3), textcoords="offset points")
+    ax.set_aspect("equal")
+    ax.axis("off")
 
 
 def slider(frames, values, label: str, alt: str):

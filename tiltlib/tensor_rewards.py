@@ -127,6 +127,7 @@ STACKS = {
 }  # fmt: skip
 LOOP = 4.5  # kcal/mol for every loop, whatever its kind and size: a round number near that of small hairpins
 HAIRPIN = 3  # fewest letters in a hairpin
+FORBIDDEN = 10**6  # hundredths of kcal/mol: more than any structure can make up for
 
 
 def motif(pattern, alphabet=RNA) -> Reward:
@@ -160,7 +161,7 @@ def folding(engine="stacking") -> Reward:
     if engine == "stacking":
 
         def energies(x):
-            return _energies(x.cpu().numpy())[1][:, 0, x.shape[1]]
+            return _energies(x.cpu().numpy())[1][:, 0, x.shape[1]] / 100
 
     elif engine == "seqfold":
         dg = _imported("seqfold").dg
@@ -200,34 +201,38 @@ def fold(text):
         i, j, closed = todo.pop()
         if closed:
             structure[i], structure[j - 1] = "(", ")"
-            todo.append((i + 1, j - 1, paired[i, j] < LOOP + best[i + 1, j - 1]))
+            todo.append((i + 1, j - 1, paired[i, j] < round(100 * LOOP) + best[i + 1, j - 1]))
         elif j > i and best[i, j] == best[i + 1, j]:
             todo.append((i + 1, j, False))
         elif j > i:
             k = next(k for k in range(i + 1, j + 1) if best[i, j] == paired[i, k] + best[k, j])
             todo += [(i, k, True), (k, j, False)]
-    return float(best[0, len(text)]), "".join(structure)
+    return float(best[0, len(text)]) / 100, "".join(structure)
 
 
 def _energies(codes):
     """Tables (n, length + 1, length + 1) of the least energy on letters i .. j - 1: with i and j - 1 paired, and any.
 
-    Nussinov's recursion (Nussinov and Jacobson 1980) with stacking; codes (n, length) are numbers in "ACGU".
+    In hundredths of kcal/mol, so exact. Nussinov's recursion (Nussinov and Jacobson 1980) with stacking; codes
+    (n, length) are numbers in "ACGU". Sequences are the last axis while it runs, which is ten times as fast.
     """
-    n, length = codes.shape
-    stacks = np.array([[STACKS[a + b] for b in RNA] for a in RNA])
-    pairs = codes[:, :, None] + codes[:, None, :] == 3  # A + U and C + G, in the order ACGU
-    paired, best = np.full((n, length + 1, length + 1), np.inf), np.zeros((n, length + 1, length + 1))
+    letters = codes.T
+    length, n = letters.shape
+    stacks = np.array([[round(100 * STACKS[a + b]) for b in RNA] for a in RNA], dtype=np.int32)
+    loop = np.int32(round(100 * LOOP))
+    paired = np.full((length + 1, length + 1, n), FORBIDDEN, dtype=np.int32)
+    best = np.zeros_like(paired)
     for i in range(length - 1, -1, -1):
-        for j in range(i + 1, length + 1):
-            if j - i >= HAIRPIN + 2:
-                stacked = stacks[codes[:, i], codes[:, i + 1]] + paired[:, i + 1, j - 1]
-                closed = np.minimum(stacked, LOOP + best[:, i + 1, j - 1])
-                paired[:, i, j] = np.where(pairs[:, i, j - 1], closed, np.inf)
-            # the first letter is free, or pairs with letter k - 1
-            with_k = paired[:, i, i + 1 : j + 1] + best[:, i + 1 : j + 1, j]
-            best[:, i, j] = np.minimum(best[:, i + 1, j], with_k.min(1))
-    return paired, best
+        row, first = best[i], i + HAIRPIN + 2
+        row[i + 1 :] = best[i + 1, i + 1 :]  # the first letter is free ..
+        inside = slice(first - 1, length)
+        stacked = stacks[letters[i], letters[min(i + 1, length - 1)]] + paired[i + 1, inside]
+        closed = np.minimum(stacked, loop + best[i + 1, inside])
+        allowed = letters[i] + letters[inside] == 3  # A + U and C + G, in the order ACGU
+        paired[i, first:] = np.where(allowed, closed, FORBIDDEN)
+        for k in range(first, length + 1):  # .. or pairs with letter k - 1
+            np.minimum(row[k:], paired[i, k] + best[k, k:], out=row[k:])
+    return paired.transpose(2, 0, 1), best.transpose(2, 0, 1)
 
 
 def _complete(x, alphabet):
