@@ -3,6 +3,9 @@
 Everything is fixed by the seed on one machine with one thread; elsewhere the numbers differ in their last digits, so
 a retraining is compared by its statistics. Each model goes to a folder of its own under book/models, beside a
 training.json with the command, the seed, the log of the loss, the versions and the hash of each weight file.
+
+"eps" is trained in two stages: with the plain loss on the DDPM chain of 1000 steps, then with more weight on the noise
+on the 650 of them that the world keeps. `--resume FOLDER` takes the first stage from a folder and runs the second.
 """
 
 import argparse
@@ -28,22 +31,24 @@ from tiltlib.worlds.digit_models import (
     classifier_network,
     file_hash,
     load_images,
+    verified,
 )
 
 STEPS = {"eps": 3200, "flow": 3200, "classifier": 1500, "gold": 1500}
+CHAIN, KEPT = 1000, 650  # steps of the DDPM chain, and how many of them, from the clean end, the world keeps
+FINISH = 500  # steps of the second stage of "eps", for 3200 of the first
 BATCH, DROP = 256, 0.15  # DROP: how often the class is hidden, so that the model also learns the unconditional law
 
 
 def train_generator(kind, steps, seed, report):
     """A UNet2DModel of the 1500 training images, as moving averages of the weights; report(step, loss) each 100 steps.
 
-    kind: "eps" predicts the noise of the DDPM chain of 1000 steps (Ho, Jain and Abbeel 2020, eq. (14)); "flow" the
-    velocity eps - x_0 of the rectified flow, asked at 1000 t as diffusers does. Returns (network, scheduler).
+    kind: "eps" predicts the noise of the DDPM chain of 1000 steps (Ho, Jain and Abbeel 2020, eq. (14)), the first stage
+    of two; "flow" the velocity eps - x_0 of the rectified flow, asked at 1000 t as diffusers does.
     """
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+    from diffusers import UNet2DModel
 
     torch.manual_seed(seed)  # the initial weights; all other draws come from the generator
-    generator = torch.Generator().manual_seed(seed)
     network = UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -56,49 +61,103 @@ def train_generator(kind, steps, seed, report):
         norm_num_groups=8,
         num_class_embeds=NULL + 1,
     )
-    if kind == "eps":
-        scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-        alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0)
-        alpha, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
-    else:
-        scheduler = FlowMatchEulerDiscreteScheduler()
+    alpha, sigma = chain(CHAIN)
+
+    def loss(network, x0, label, noise, t):
+        if kind == "eps":
+            k = (CHAIN * t).long()
+            x, asked, target = alpha[k].view(-1, 1, 1, 1) * x0 + sigma[k].view(-1, 1, 1, 1) * noise, k, noise
+        else:
+            x, asked, target = torch.lerp(x0, noise, t.view(-1, 1, 1, 1)), 1000 * t, noise - x0
+        # a quarter faster where the processor has bfloat16, and many times slower where it has not
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False)):
+            output = network(x, asked, class_labels=label).sample
+        return functional.mse_loss(output.float(), target)
+
+    return fit(network, loss, steps, seed, report, rate=2e-3, batch=BATCH, decay=0.998)
+
+
+def finish_generator(network, steps, seed, report):
+    """The second stage of "eps": the KEPT cleanest steps of the chain, squared errors times (1 + sigma / alpha)^2.
+
+    That is the loss of the rectified flow at the same noise: its velocity errs by (1 + sigma / alpha) times as much as
+    the noise does. The plain loss hardly sees errors in E[x_0 | x_k], which are sigma / alpha times those in the noise.
+    """
+    alpha, sigma = chain(KEPT)
+    weight = (1 + sigma / alpha) ** 2
+    weight, data = weight / weight.mean(), load_images("train")
+
+    def loss(network, x0, label, noise, t):
+        k = (KEPT * t).long()
+        a, s = alpha[k].view(-1, 1, 1, 1), sigma[k].view(-1, 1, 1, 1)
+        x = a * x0 + s * noise
+        error = network(x, k, class_labels=label).sample - (x - a * posterior_mean(x, label, a, s, *data)) / s
+        return (weight[k] * error.square().flatten(1).mean(1)).mean()
+
+    return fit(network.train().requires_grad_(), loss, steps, seed + 100, report, rate=2e-3, batch=128, decay=0.99)
+
+
+def posterior_mean(x, label, alpha, sigma, images, labels):
+    """E[x_0 | x, label] (n, 1, 8, 8) when x_0 is one of the images, of the class that the label says if it says one.
+
+    With it as the target the gradient has the same mean as with the noise that was drawn, and less of its variance
+    (Xu, Tong and Jaakkola 2023). alpha, sigma: (n, 1, 1, 1).
+    """
+    rows, alpha, sigma = images.flatten(1), alpha.flatten(1), sigma.flatten(1)
+    fit = (alpha * (x.flatten(1) @ rows.T) - alpha**2 * rows.square().sum(1) / 2) / sigma**2
+    other = (label[:, None] != labels) & (label[:, None] != NULL)
+    return (fit.masked_fill(other, -torch.inf).softmax(1) @ rows).view_as(x)
+
+
+def chain(steps):
+    """alpha and sigma (steps,) float32 of the first steps of the DDPM chain."""
+    alpha_bar = torch.cumprod(1 - ddim(steps).betas.double(), 0)
+    return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+
+def ddim(steps):
+    """diffusers' scheduler of the first `steps` of the CHAIN steps of Ho, Jain and Abbeel (2020)."""
+    from diffusers import DDIMScheduler
+
+    # by name: diffusers' pipelines take a value that was given by position for the default, and forget it
+    return DDIMScheduler(
+        num_train_timesteps=steps,
+        beta_end=1e-4 + (0.02 - 1e-4) * (steps - 1) / (CHAIN - 1),
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+
+
+def fit(network, loss, steps, seed, report, *, rate, batch, decay):
+    """The network after `steps` of AdamW on loss(network, x0, label, noise, t in [0, 1)), its weights averaged."""
+    generator = torch.Generator().manual_seed(seed)
     images, labels = load_images("train")
     weights = list(network.parameters())  # this network has no buffers
     average = [weight.detach().clone() for weight in weights]
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: rate(k, steps))
+    optimiser = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: fraction(k, steps))
     losses = []
     for step in range(steps):
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        chosen = torch.randint(len(images), (batch,), generator=generator)
         x0, label = images[chosen], labels[chosen]
-        label = torch.where(torch.rand(BATCH, generator=generator) < DROP, NULL, label)
+        label = torch.where(torch.rand(batch, generator=generator) < DROP, NULL, label)
         noise = torch.randn(x0.shape, generator=generator)
-        # one point in each of BATCH equal stretches of time: the same law, less noise in the loss
-        t = (torch.randperm(BATCH, generator=generator) + torch.rand(BATCH, generator=generator)) / BATCH
-        if kind == "eps":
-            t = (1000 * t).long()
-            x = alpha[t].view(-1, 1, 1, 1) * x0 + sigma[t].view(-1, 1, 1, 1) * noise
-            target = noise
-        else:
-            x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-            target, t = noise - x0, 1000 * t
-        with torch.autocast("cpu", torch.bfloat16):  # a quarter faster where the processor has bfloat16
-            output = network(x, t, class_labels=label).sample
-        loss = functional.mse_loss(output.float(), target)
+        # one point in each of `batch` equal stretches of time: the same law, less noise in the loss
+        t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        value = loss(network, x0, label, noise, t)
         optimiser.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         schedule.step()
-        decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 1 - decay)
-        losses.append(loss.item())
+            torch._foreach_lerp_(average, weights, 1 - min(decay, (step + 1) / (step + 10)))
+        losses.append(value.item())
         if (step + 1) % 100 == 0:
             report(step + 1, sum(losses[-100:]) / 100)
     with torch.no_grad():
         torch._foreach_copy_(weights, average)
-    return network.eval(), scheduler
+    return network.eval()
 
 
 def train_classifier(name, steps, seed, report):
@@ -108,7 +167,7 @@ def train_classifier(name, steps, seed, report):
     network = classifier_network(name)
     images, labels = load_images(name)
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: rate(k, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: fraction(k, steps))
     losses = []
     for step in range(steps):
         chosen = torch.randint(len(images), (128,), generator=generator)
@@ -124,7 +183,7 @@ def train_classifier(name, steps, seed, report):
     return network.eval()
 
 
-def rate(step, steps):
+def fraction(step, steps):
     """The learning rate as a fraction of its peak: up over 100 steps, then down along a cosine."""
     return min(1.0, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * step / steps))
 
@@ -149,7 +208,7 @@ def warp(images, generator):
     return moved + level * torch.randn(images.shape, generator=generator)
 
 
-def write(name, seed, steps, folder):
+def write(name, seed, steps, folder, finish=FINISH, resume=None):
     """Train `name` and put its folder in place as a whole: a run that is stopped leaves the old one."""
     started, processor, log = time.perf_counter(), time.process_time(), []
 
@@ -157,8 +216,12 @@ def write(name, seed, steps, folder):
         log.append(round(loss, 5))
         print(f"{name}: step {step}, loss {loss:.4f}, {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
 
+    first = None if resume is None else json.loads((verified(name, resume) / RECORD).read_text())
+    if first is not None and "finish" in first:
+        raise ValueError(f"the model in {resume} has had its second stage already")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    more = {}
     try:
         if name in CLASSIFIERS:
             from safetensors.torch import save_file
@@ -166,13 +229,28 @@ def write(name, seed, steps, folder):
             network = train_classifier(name, steps, seed, report)
             save_file(network.state_dict(), temporary / WEIGHTS[name])
         else:
-            from diffusers import DDIMPipeline, DDPMPipeline
+            from diffusers import DDIMPipeline, DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-            network, scheduler = train_generator(name, steps, seed, report)
-            pipeline = DDIMPipeline if name == "eps" else DDPMPipeline  # the plain loop, which takes any scheduler
-            pipeline(network, scheduler).save_pretrained(temporary)
+            if first is None:
+                network = train_generator(name, steps, seed, report)
+            else:
+                network = UNet2DModel.from_pretrained(resume, subfolder="unet", use_safetensors=True)
+                network.register_to_config(_name_or_path="")  # not where it was read
+                steps, log = first["steps"], first["loss_each_100_steps"]
+                more["resumed"] = {key: first[key] for key in ("command", "core_minutes", "date", "versions", "sha256")}
+            if name == "eps":
+                first_log, log = log, []
+                network = finish_generator(network, finish, seed, report)
+                more["finish"] = {"steps": finish, "loss_each_100_steps": log}
+                log = first_log
+            # the plain loops, of which DDPMPipeline's takes any scheduler
+            pipeline = DDIMPipeline(network, ddim(KEPT)) if name == "eps" else None
+            pipeline = pipeline or DDPMPipeline(network, FlowMatchEulerDiscreteScheduler())
+            pipeline.save_pretrained(temporary)
+        asked = f"--steps {steps}" if resume is None else f"--resume {resume.name}"
+        asked += f" --finish {finish}" if name == "eps" else ""
         record = {
-            "command": f"python -m tiltlib.worlds.train_digits {name} --seed {seed} --steps {steps}",
+            "command": f"python -m tiltlib.worlds.train_digits {name} --seed {seed} {asked}",
             "seed": seed,
             "steps": steps,
             "core_minutes": round((time.process_time() - processor) / 60, 1),
@@ -182,6 +260,7 @@ def write(name, seed, steps, folder):
             "versions": {package: version(package) for package in ("torch", "diffusers", "scikit-learn")},
             "sha256": {WEIGHTS[name]: file_hash(temporary / WEIGHTS[name])},
             "loss_each_100_steps": log,
+            **more,
         }
         if name in CLASSIFIERS:
             images, labels = load_images("test")
@@ -202,14 +281,21 @@ def main(arguments=None):
     parser.add_argument("model", choices=list(WEIGHTS))
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--finish", type=int, default=None, help=f"steps of the second stage of eps ({FINISH})")
+    parser.add_argument("--resume", type=Path, default=None, help="a folder with the first stage of eps")
     parser.add_argument("--out", type=Path, default=None, help="the folder; book/models/digits-MODEL by default")
     asked = parser.parse_args(arguments)
     seed = list(WEIGHTS).index(asked.model) if asked.seed is None else asked.seed
     steps = STEPS[asked.model] if asked.steps is None else asked.steps
-    if steps < 1:
-        parser.error("--steps must be at least 1")
+    finish = FINISH if asked.finish is None else asked.finish
+    if steps < 1 or finish < 1:
+        parser.error("--steps and --finish must be at least 1")
+    if asked.model != "eps" and not (asked.finish is None and asked.resume is None):
+        parser.error("--finish and --resume are for eps, which is trained in two stages")
+    if asked.steps is not None and asked.resume is not None:
+        parser.error("--steps is what the folder of --resume says")
     torch.set_num_threads(1)
-    record = write(asked.model, seed, steps, asked.out or MODELS / f"digits-{asked.model}")
+    record = write(asked.model, seed, steps, asked.out or MODELS / f"digits-{asked.model}", finish, asked.resume)
     print(json.dumps({key: value for key, value in record.items() if not key.startswith("loss")}, indent=1))
 
 
