@@ -336,6 +336,27 @@ MUTANTS = [
         "torch.where(fine, low, middle), torch.where(fine, middle, high)",
         "test_steer.py::test_adaptive_tempering_moves_as_far_as_the_effective_sample_size_allows",
     ),
+    Mutant(
+        "the kept path may be overwritten",
+        "steer/search.py",
+        "index[need, 1:] = chance.categoricals(flat[need].unsqueeze(1).expand(-1, k - 1, -1))",
+        "index[need] = chance.categoricals(flat[need].unsqueeze(1).expand(-1, k, -1))",
+        "test_search.py::test_steering_back_with_the_current_path_among_the_particles_is_exact[from scratch]",
+    ),
+    Mutant(
+        "the current sample competes twice",
+        "steer/search.py",
+        "chance.categoricals(torch.cat([r[:, None], fresh], 1) / beta) - 1",
+        "(chance.categoricals(torch.cat([r[:, None], r[:, None], fresh], 1) / beta) - 2).clamp(min=-1)",
+        "test_search.py::test_from_scratch_it_is_iterated_best_of_n",
+    ),
+    Mutant(
+        "the soft backup forgets how likely a child is",
+        "steer/search.py",
+        "worth = self.beta * (log_p + value / self.beta).logsumexp(1)",
+        "worth = self.beta * (value / self.beta).logsumexp(1)",
+        "test_search.py::test_a_complete_tree_with_the_soft_backup_is_exact_whatever_the_value",
+    ),
 ]
 
 
