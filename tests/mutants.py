@@ -211,6 +211,20 @@ MUTANTS = [
         "test_weighted.py::test_standard_error_on_an_exact_pool",
     ),
     Mutant(
+        "the reciprocal tilt turned round",
+        "tune/denoising.py",
+        "gap = r[alive].max() - r[alive]",
+        "gap = r[alive] - r[alive].min()",
+        "test_denoising.py::test_the_reciprocal_tilt_of_two_outcomes_by_hand",
+    ),
+    Mutant(
+        "noise added to x_0 unscaled, as another path has it",
+        "tune/denoising.py",
+        "x = alpha * x0 + sigma * noise",
+        "x = x0 + sigma * noise",
+        "test_denoising.py::test_conditions_go_with_their_samples",
+    ),
+    Mutant(
         "the divergence rewarded",
         "tune/training.py",
         "/ beta - log_ratio.detach()",
