@@ -55,6 +55,12 @@ METHODS = {
     "posterior_mean": ("#2f6fb0", "posterior mean"),
     "learned_value": ("#7a4fa0", "learned value"),
     "soft_bellman": ("#1e7d4f", "soft Bellman"),
+    # ways through the noise of a flow model
+    "flow_ode": ("#5f6b1c", "flow ODE"),
+    "linear_sde": ("#0b6fa4", "linear SDE"),
+    "vp_sde": ("#a3348f", "VP SDE"),
+    "vp_even": ("#a8443a", "VP SDE, even steps"),
+    "memoryless": ("#b35900", "memoryless SDE"),
     # rows of the particle loop, and the searches beside it
     "importance": ("#0072b2", "importance weights"),
     "svdd": ("#4c7d0c", "SVDD"),
@@ -70,8 +76,9 @@ METHODS = {
     "rescaled_gradient": ("#00756a", "gradient / prediction"),
     "classifier_guidance": ("#a8480f", "guidance, tilted start"),
     "rollover_budget": ("#1e7d4f", "rollover budget"),
+    "code": ("#5b5b9a", "CoDe"),
     "tree_search": ("#7a4e2d", "tree search"),
-    "refine": ("#0077a3", "refinement"),
+    "refine": ("#d1480b", "refinement"),
 }
 
 _STYLE = {
