@@ -10,9 +10,9 @@ from tiltlib.files import ROOT
 
 FLOORS = [
     {"files", "law", "chance", "paths"},
-    {"bestofn", "enumeration", "resampling", "worlds"},
+    {"bestofn", "enumeration", "quasi", "resampling", "worlds"},
     {"rewards"},
-    {"tensor_rewards", "values", "pool"},
+    {"gaussian_values", "tensor_rewards", "values", "pool"},
     {"steer"},
     {"tune"},
     {"claims", "figures", "run"},

@@ -72,6 +72,8 @@ METHODS = {
     "beam": ("#b3435c", "beam"),
     "tds": ("#c2257a", "TDS"),
     "das": ("#007d7d", "DAS"),
+    "guided": ("#1f3fa8", "Gaussian value and drift"),
+    "guided_quasi": ("#b02a1d", "the same, ordered, quasi-random"),
     "gradient_guidance": ("#c0392b", "gradient guidance"),
     "rescaled_gradient": ("#00756a", "gradient / prediction"),
     "classifier_guidance": ("#a8480f", "guidance, tilted start"),

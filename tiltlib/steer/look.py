@@ -27,14 +27,16 @@ class Look(NamedTuple):
 class Eyes:
     """Network, value and gradient at particles x (n, *shape) of step i, in chunks of `chunk`; counts what it calls.
 
-    value: a Value, or None where the method asks for none; slope: whether its gradient is wanted. condition: one for
-    all, or a tensor (runs,), one for each run; particles are laid out run by run.
+    value: a Value, or None where the method asks for none; slope: whether its gradient is wanted, by a backward pass
+    through the network unless the value has a `with_gradient` of its own, which returns (value, gradient). condition:
+    one for all, or a tensor (runs,), one for each run; particles are laid out run by run.
     """
 
     def __init__(self, world, reward, value, slope=False, condition=None, chunk=None, proposal=None, runs=1):
         self.world, self.reward, self.value, self.slope = world, reward, value, slope
         self.condition, self.chunk, self.proposal, self.runs = condition, chunk, proposal, runs
         self.early = value is not None and getattr(value, "needs_prediction", True)
+        self.own = getattr(value, "with_gradient", None) if slope else None
 
     def worth(self, x, i, chance, calls):
         """(Look, calls): values and gradients at x, and predictions where the value reads them; the reward at i = 0."""
@@ -49,7 +51,7 @@ class Eyes:
             found = Look(*(_join(each) for each in zip(*parts, strict=True)))
             calls = calls.plus(value=n)
             if self.early:
-                calls = self._count(calls, n, gradient=self.slope)
+                calls = self._count(calls, n, gradient=self.slope and self.own is None)
         for what in ("value", "grad"):
             tensor = getattr(found, what)
             if tensor is not None:
@@ -115,6 +117,10 @@ class Eyes:
     def _look(self, x, condition, i, chance):
         world = self.world
         proposed = self._proposed(x, condition, i) if self.early else None
+        if self.own is not None:
+            prediction = world.predict(x, i, condition) if self.early else None
+            said, grad = self.own(world, x, prediction, i, condition, chance)
+            return Look(prediction, said.double(), grad, proposed)
         if self.slope and not x.is_floating_point() and not hasattr(world, "one_hot"):
             return self._table(x, condition, i, chance, proposed)
         with torch.set_grad_enabled(self.slope):

@@ -46,6 +46,11 @@ class Method:
     finish    what `Steered.draw` returns: a particle "by weight", or the "best"
     start     "own", or "tilted": from the world's exact tilted start (TypeError where it has none)
     weigh     whether particles carry weights; guidance alone has none
+    order     (x (n, *shape)) -> (n,): candidates are lined up by it before they are selected (systematic resampling of
+              neighbours); or None
+    moves     how often each x_i, once selected, is drawn again from its parent, and accepted as Metropolis and Hastings
+              do, which leaves its law given the parent, p(x_i | x_{i+1}) exp(psi), as it was
+    waste_free  whether the states between the moves are particles too: `select` then repeats K / (moves + 1) survivors
     proper    whether the mean weight is an unbiased estimate of Z
     """
 
@@ -57,6 +62,9 @@ class Method:
     finish: str = "by weight"
     start: str = "own"
     weigh: bool = True
+    order: Callable | None = None
+    moves: int = 0
+    waste_free: bool = False
     proper: bool = True
 
 
@@ -155,7 +163,7 @@ def _loop(world, reward, beta, row, chance, see, runs, particles, m, start, pinn
     new, calls = see.worth(flat, first, chance, Calls())
     lam = torch.full((runs,), 1.0 if row.temper is None else 0.0, dtype=torch.float64, device=flat.device)
     twist, wide = _twist(row, new, None, lam, beta, first, (runs, particles, wanted), flat)
-    index, log_w = _select(row, twist, chance, first)
+    index, log_w = _select(row, twist, flat, chance, first)
     x, look, running, psi, _ = _gather(index, flat, new, wide, twist, wanted)
     look, calls = see.complete(look, x, first, calls)
     yield State(first, x.unflatten(0, (runs, particles)), look, running, psi, log_w, None, lam, calls)
@@ -178,8 +186,14 @@ def _loop(world, reward, beta, row, chance, see, runs, particles, m, start, pinn
             finite(log_w.flatten(), i, particles * m, "the weight", below=True)
         else:
             log_w = log_w.unsqueeze(-1).expand(shape)
-        index, log_w = _select(row, log_w, chance, i)
+        index, log_w = _select(row, log_w, flat, chance, i)
+        before = x, look
         x, look, running, psi, parents = _gather(index, flat, new, wide, twist, m)
+        if row.moves:
+            ratio = _of(index, log_ratio, psi)
+            x, look, psi, calls = _move(
+                world, row, see, before, parents, x, look, psi, ratio, i, lam, beta, chance, calls
+            )
         look, calls = see.complete(look, x, i, calls)
         yield State(i, x.unflatten(0, (runs, particles)), look, running, psi, log_w, parents, lam, calls)
 
@@ -223,9 +237,53 @@ def _twist(row, look, running, lam, beta, i, shape, x):
     return (lam / beta).view(-1, 1, 1) * value, running
 
 
-def _select(row, log_w, chance, i):
+def _move(world, row, see, before, parents, x, look, psi, ratio, i, lam, beta, chance, calls):
+    """x, look and psi after the moves of a Method; ratio (B, K) is log p - log q of x, parents whose child each is."""
+    (runs, particles), blocks = psi.shape, row.moves + 1 if row.waste_free else 1
+    everyone = torch.arange(runs * particles, device=x.device).view(runs, blocks, -1)
+    up = (parents + torch.arange(runs, device=x.device)[:, None] * particles).flatten()
+    psi, ratio = psi.flatten().clone(), ratio.flatten().clone()
+    for k in range(row.moves):  # one after the other; waste-free: from block k to block k + 1
+        here, there = (everyone[:, j].flatten() for j in ((k, k + 1) if row.waste_free else (0, 0)))
+        start, seen = before[0].index_select(0, up[here]), before[1].take(up[here])
+        drawn, new_ratio = _propose(world, row, seen, see, start, i + 1, lam, beta, len(here) // runs, 1, chance)
+        drawn, new_ratio = drawn[:, 0], torch.zeros_like(psi[here]) if new_ratio is None else new_ratio[:, 0].double()
+        finite(drawn, i, len(here) // runs, "the model's step")
+        new, calls = see.worth(drawn, i, chance, calls)
+        twist, _ = _twist(row, new, None, lam, beta, i, (runs, len(here) // runs, 1), drawn)
+        chances = (twist.flatten() + new_ratio - psi[here] - ratio[here]).clamp(max=0).exp().nan_to_num(1.0)
+        taken = chance.categoricals(torch.stack([chances, 1 - chances], -1).log()) == 0
+        x, look = (
+            _put(x, drawn, taken, here, there),
+            Look(*(_put(old, one, taken, here, there) for old, one in zip(look, new, strict=True))),
+        )
+        psi, ratio = (_put(old, one, taken, here, there) for old, one in ((psi, twist.flatten()), (ratio, new_ratio)))
+    return x, look, psi.view(runs, particles), calls
+
+
+def _put(old, new, taken, here, there):
+    """`old` with, at `there`, the entries of `new` that were taken and else those of `old` at `here`."""
+    if old is None:
+        return None
+    taken = taken.view(-1, *[1] * (old.ndim - 1))
+    return old.index_copy(0, there, torch.where(taken, new.to(old), old.index_select(0, here)))
+
+
+def _of(index, log_ratio, psi):
+    """log p - log q (B, K) of the children that were selected."""
+    if log_ratio is None:
+        return torch.zeros_like(psi)
+    flat = log_ratio.double().view(len(psi), -1)
+    return flat if index is None else flat.gather(1, index)
+
+
+def _select(row, log_w, x, chance, i):
     try:
-        return row.select(log_w, chance)
+        if row.order is None:
+            return row.select(log_w, chance)
+        line = row.order(x).view(len(log_w), -1).argsort(1)
+        index, new = row.select(log_w.flatten(1).gather(1, line).view_as(log_w), chance)
+        return line if index is None else line.gather(1, index), new
     except ValueError as error:
         raise ValueError(f"step {i}: {error}") from error
 
@@ -256,6 +314,8 @@ def _check(world, reward, row, value, m, proposal, chance):
         )
     if m > 1 and getattr(row.select, "one_child", False):
         raise ValueError(f"this method selects nothing, so it has one child per particle, not {m}")
+    if row.moves and (row.twist not in ("last", None) or not row.weigh):
+        raise ValueError('moves are for rows with weights and the twist "last" or None')
     coefficients = getattr(world, "coef", None)
     noise_needed = row.twist is not None or row.drift is not None
     if noise_needed and coefficients is not None and not (torch.as_tensor(coefficients.std) > 0).any():
@@ -277,6 +337,8 @@ def _check_start(world, row, start, pinned, runs, particles, proposal):
             raise ValueError(f"start has states (runs, particles, ..) = {(runs, particles)}, not {tuple(x.shape[:2])}")
     if pinned is not None and (row.drift is not None or proposal is not None):
         raise ValueError("a pinned path is weighed as the model's own steps: take a row without drift, no proposal")
+    if pinned is not None and (row.moves or row.order is not None):
+        raise ValueError("a pinned path stays where it is: take a row without moves and without order")
     if pinned is not None and (len(pinned) != first + 1 or any(len(x) != runs for x in pinned)):
         raise ValueError(f"a pinned path has {first + 1} states x_0, .., x_{first} for each of {runs} runs")
 

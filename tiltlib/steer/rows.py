@@ -89,6 +89,23 @@ def effective_size(log_w):
     return w.sum(1).square() / torch.linalg.vecdot(w, w)
 
 
+def survivors(copies, scheme="systematic"):
+    """K / copies of all children go on, `copies` times each, one block after the other: for waste-free moves.
+
+    ValueError: K is no multiple of `copies`, unknown scheme.
+    """
+    resampling.check_scheme(scheme)
+
+    def select(log_w, chance):
+        k, flat = log_w.shape[1], log_w.flatten(1)
+        if k % copies:
+            raise ValueError(f"{k} particles cannot be {copies} copies of as many survivors")
+        index = resampling.ancestors(flat, k // copies, chance, scheme).repeat(1, copies)
+        return index, (flat.logsumexp(1, keepdim=True) - math.log(flat.shape[1])).expand(-1, k)
+
+    return select
+
+
 def top(log_w, chance):
     """The K best of all K M children of a run, with their weights: a beam."""
     flat = log_w.flatten(1)
@@ -233,6 +250,22 @@ def beam(children=4):
 def tds(ess=0.5):
     """Twisted diffusion sampler (Wu et al. 2023): SMC whose proposal moves E[x_0 | x_i] along the gradient."""
     return Method(population(ess), "last", posterior)
+
+
+def guided(ess=0.5, order=None, moves=0):
+    """SMC whose proposal follows the value's own gradient: with `gaussian_values.value` no backward pass is needed.
+
+    With a value that has none, it is `tds`. order, moves: as in `Method`.
+    """
+    moves = law.check_count(moves, "moves") if moves else 0
+    return Method(population(ess), "last", posterior, order=order, moves=moves)
+
+
+def waste_free(moves=3, drift=True):
+    """Waste-free SMC (Dau and Chopin 2022): 1 / (moves + 1) of the particles survive a step; each, and the states of
+    its `moves` moves, are the particles of the next. drift: as in `guided`, or the model's own steps."""
+    moves = law.check_count(moves, "moves")
+    return Method(survivors(moves + 1), "last", posterior if drift else None, moves=moves, waste_free=True)
 
 
 def das(ess=0.5, tempering=None, drift=True):

@@ -11,6 +11,7 @@ HOMES = {
     "Digits": "tiltlib.worlds.digit_models",
     "Guided": "tiltlib.worlds.guided",
     "Mixture": "tiltlib.worlds.mixture",
+    "Product": "tiltlib.worlds.product",
     "Quadratic": "tiltlib.worlds.mixture",
     "Sequence": "tiltlib.worlds.sequence",
     "World": "tiltlib.worlds.base",
