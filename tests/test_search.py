@@ -90,7 +90,7 @@ CONDITIONAL = {
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
-def test_steering_the_way_back_with_the_current_path_among_the_particles_is_exact(name):
+def test_steering_back_with_the_current_path_among_the_particles_is_exact(name):
     steps, options = CONDITIONAL[name]
     assert leaves_invariant(transition(chain(steps), **options), chain(steps))
 
