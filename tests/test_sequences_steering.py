@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tiltlib import figures, steer, tensor_rewards, values
 from tiltlib.rewards import Reward
@@ -187,3 +188,17 @@ def test_errors_of_drawings():
     assert len(ax.collections) == 1 and len(ax.collections[0].get_offsets()) == 9
     assert len(ax.lines) == 1 + 3  # the strand, and three pairs
     figures.plt.close(fig)
+
+
+def test_pngs_have_a_palette_and_keep_the_colours_of_methods(tmp_path):
+    fig, panels = figures.axes(columns=2)
+    for k, name in enumerate(figures.METHODS):
+        figures.line(panels[k % 2], [0, 1], [k, k], name)
+    fig.savefig(tmp_path / "a.png")
+    figures.plt.close(fig)
+    image = Image.open(tmp_path / "a.png")
+    assert image.mode == "P" and image.size[0] == round(figures.WIDTH * 130)
+    drawn = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}
+    for name in figures.METHODS:
+        wanted = [int(figures.colour(name)[k : k + 2], 16) for k in (1, 3, 5)]
+        assert min(max(abs(a - b) for a, b in zip(wanted, one, strict=True)) for one in drawn) <= 2, name

@@ -14,6 +14,7 @@ import json
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 WIDTH = 6.4  # inches; the width of the text column
 POINTS = 12  # with WIDTH: at least 9 px where the column is 350 px wide
@@ -125,7 +126,21 @@ def axes(rows: int = 1, columns: int = 1, height: float | None = None, **subplot
     if "figsize" in subplots:
         raise ValueError("the width is fixed so that text stays readable; pass height=")
     matplotlib.rcParams.update(_STYLE)
-    return plt.subplots(rows, columns, figsize=(WIDTH, height or 3.4 * rows), **subplots)
+    figure, panels = plt.subplots(rows, columns, figsize=(WIDTH, height or 3.4 * rows), **subplots)
+    _small(figure)
+    return figure, panels
+
+
+def _small(figure):
+    """Give the PNGs of a figure a palette of 256 colours: main colours stay exact, at a third of the size."""
+    draw = figure.canvas.print_png
+
+    def print_png(out, *, metadata=None, pil_kwargs=None, **known):
+        full = io.BytesIO()
+        draw(full, metadata=metadata, pil_kwargs=pil_kwargs)
+        Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+
+    figure.canvas.print_png = print_png
 
 
 def colour(name: str) -> str:
