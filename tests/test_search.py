@@ -140,12 +140,20 @@ def test_calls_are_counted(options, model, reward):
             return super().predict(x, i, condition)
 
     world = Counted([0.3, 0.7], [[-1.0, 0.0], [2.0, 1.0]], [0.3, 0.2], steps=6)
-    score = rewards.quadratic([1.0, -0.5], 0.5)
+    score, judged = rewards.quadratic([1.0, -0.5], 0.5), []
+
+    def watched(x):
+        judged.append(len(x))
+        return score(x)
+
+    value = values.exact(score, 0.5)
+    value.needs_prediction = True
     o = steer.refine(
-        world, score, beta=0.5, generator=torch.Generator().manual_seed(0), rounds=3, particles=4, runs=5, trace=True,
-        **options,
+        world, watched, value=value, beta=0.5, generator=torch.Generator().manual_seed(0), rounds=3, particles=4,
+        runs=5, trace=True, **options,
     )  # fmt: skip
-    assert (o.calls.model, o.calls.reward) == (model, reward) and world.asked == model
+    assert (o.calls.model, o.calls.reward) == (model, reward)
+    assert world.asked == model and sum(judged) == reward  # and nothing is called that is not counted
     assert o.samples.shape == (5, 2) and o.rewards.shape == (4, 5) and o.moved.shape == (3, 5) and len(o.trace) == 4
     for x, r in zip(o.trace, o.rewards, strict=True):
         assert torch.allclose(score(x).double(), r)
@@ -363,6 +371,7 @@ class Silent(Chain):
         ({"method": "das"}, ValueError, "no rule is known"),
         ({"method": "best_of_n"}, ValueError, "no rule is known"),
         ({"method": "nested"}, ValueError, "no rule is known"),
+        ({"method": rows.waste_free(drift=False)}, ValueError, "no rule is known"),
         ({"method": "smc", "accept": "metropolis"}, ValueError, "metropolis"),
         ({"runs": 0}, ValueError, "runs"),
         ({"start": torch.tensor([0, 1])}, ValueError, "2 samples for 1 runs"),

@@ -76,14 +76,14 @@ def refine(
     if noise < world.steps:
         _needs_noise(world)
     reward = reward if callable(reward) else tensor_rewards.table(reward)
-    calls, options = Calls(), {"beta": beta, "generator": chance, "condition": condition, "chunk": chunk}
+    options = {"beta": beta, "generator": chance, "condition": condition, "chunk": chunk, "runs": runs}
     if start is None:
-        first = loop.run(world, reward, method="base", particles=1, runs=runs, **options)
-        start, calls = first.samples[:, 0], _add(calls, first.calls)
+        first = _last(loop.steps(world, reward, method="base", particles=1, **options))
+        x, r, calls = first.x[:, 0], first.look.value, first.calls
     else:
-        calls = calls.plus(reward=runs)
-    options |= {"value": value, "children": children, "runs": runs}
-    x, r = start, torch.as_tensor(reward(start), dtype=torch.float64, device=start.device)
+        x, calls = start, Calls(reward=runs)
+        r = torch.as_tensor(reward(x), dtype=torch.float64, device=x.device)
+    options |= {"value": value, "children": children}
     rewards, moved, kept = [r], [], [x]
     for _ in range(rounds):
         if pinned is not None:
@@ -95,8 +95,7 @@ def refine(
             if noise < world.steps:
                 where = (_copies(world.renoise(x, 0, noise, chance), particles - 1), noise)
             more = {"method": row, "particles": particles - 1, "start": where}
-        for state in loop.steps(world, reward, **options, **more):  # noqa: B007  the last one is wanted
-            pass
+        state = _last(loop.steps(world, reward, **options, **more))
         calls, fresh = _add(calls, state.calls), state.look.value.view(state.log_w.shape)
         pick = _accept("pinned" if pinned else accept, r, fresh, state.log_w, row, beta, chance)
         new = pick >= 0
@@ -111,11 +110,12 @@ def conditional(row):
     """The row with a choice that keeps particle 0 of each run in its place: conditional SMC.
 
     The other K - 1 places are drawn independently, by weight, from all K M candidates, the kept one among them; so
-    whatever scheme the row has, this is multinomial. ValueError: a row that does not resample, has a drift, or draws
-    the best.
+    whatever scheme the row has, this is multinomial. ValueError: a row that does not resample, has a drift, moves or
+    an order, or draws the best.
     """
     ess = getattr(row.select, "ess", None)
-    if row.drift is not None or row.finish != "by weight" or not row.proper or (ess is None and row.select is not keep):
+    other = row.drift is not None or row.moves or row.order is not None or row.finish != "by weight" or not row.proper
+    if other or (ess is None and row.select is not keep):
         raise ValueError(
             "no rule is known that keeps this row exact: take importance or a row that resamples all particles without "
             'a drift (smc), or accept="always" or "greedy"'
@@ -160,6 +160,13 @@ def _path(world, x, noise, chance):
     for i in range(noise):
         path.append(world.renoise(path[-1], i, i + 1, chance))
     return path
+
+
+def _last(states):
+    """The State at i = 0."""
+    for last in states:  # noqa: B007
+        pass
+    return last
 
 
 def _copies(x, k):
