@@ -125,8 +125,11 @@ def test_the_ledger_lists_every_statement_and_where_it_is_checked(html):
         columns = [cell.get_text(" ").strip() for cell in row.select("td")]
         rows.setdefault(columns[0], []).append((columns, [a["href"] for a in row.select("a")]))
     assert set(rows) == {f"{key}:{id}" for key, source in sources().items() for id in source["ids"]}
-    checked = {id for id, made in rows.items() if made[0][0][2] != "not yet"}
+    checked = {id for id, made in rows.items() if made[0][1]}
     assert checked
+    entries = {f"{key}:{id}": entry for key, source in sources().items() for id, entry in source["ids"].items()}
+    for id in set(rows) - checked:
+        assert plain(rows[id][0][0][2]) == plain(entries[id].get("reason", "not yet"))
     for id in checked:
         for columns, links in rows[id]:
             assert links and columns[5].startswith("rejected:") and "/" in columns[4]

@@ -199,7 +199,7 @@ class Pages:
             for id, full in ids.items():
                 place = _cell(source["ids"][id]["place"])
                 if full not in self.made:
-                    rows.append(f"| {full} | {place} | not yet | | | |")
+                    rows.append(f"| {full} | {place} | {_cell(source['ids'][id].get('reason', 'not yet'))} | | | |")
                 for name, claim in self.made.get(full, []):
                     control = f"{'rejected' if claim['control']['rejected'] else 'ACCEPTED'}: {_cell(_control(claim))}"
                     how = f"{claim['kind'].replace('_', ' ')}, {_cell(claim['reason'])}"
