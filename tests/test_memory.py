@@ -6,8 +6,17 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, sys, torch
+import threading, time, torch
 from tiltlib import steer, tensor_rewards, worlds
+
+def used():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, used())
+        time.sleep(0.002)
 
 def run(particles, chunk):
     return steer.run(world, tensor_rewards.brightness(), beta=0.05, method="smc", particles=particles,
@@ -15,21 +24,22 @@ def run(particles, chunk):
 
 world = worlds.digits("flow", sampler="flow_grpo", steps=2, chunk=10_000)
 run(250, 250)  # whatever is loaded once
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(10_000, {chunk})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+peak = before = used()
+threading.Thread(target=watch, daemon=True).start()
+run({particles}, {chunk})
+print(peak - before)
 """
 
 
-def peak(chunk):
-    """Additional memory in MB at the peak."""
-    script = SCRIPT.format(chunk=chunk)
+def peak(particles, chunk):
+    """Additional memory in MB at the peak, sampled every two milliseconds."""
+    script = SCRIPT.format(particles=particles, chunk=chunk)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 1024
+    return float(done.stdout.split()[-1])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
 def test_ten_thousand_digits_need_memory_for_one_chunk_only():
     """Particles, noise, predictions are 2.5 MB each; a chunk's network states are all that is large: 20 MB in all."""
-    assert peak(250) < 60
-    assert peak(2500) > 120  # ten times the chunk
+    assert peak(10_000, 250) < 60
+    assert peak(2500, 2500) > 120  # a quarter of the particles, at once
