@@ -107,3 +107,11 @@ def test_a_generator_elsewhere_is_refused_before_any_work():
 def test_chance_of_a_test_passes_as_generator():
     o = steer.run(world(), REWARD, beta=0.5, method="smc", generator=Chance(generator()), particles=3)
     assert torch.equal(o.samples, run("smc", None, particles=3).samples)
+
+
+@pytest.mark.parametrize("select", [steer.rows.population(0.5), steer.rows.population(1.0), steer.rows.nested()])
+def test_a_run_without_any_weight_is_refused(select):
+    log_w = torch.zeros(2, 3, 1, dtype=torch.float64)
+    log_w[1] = -math.inf
+    with pytest.raises(ValueError, match="zero"):
+        select(log_w, Chance(generator()))
