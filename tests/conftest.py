@@ -1,5 +1,7 @@
 """What several test files share: the rendered book, built once a session."""
 
+import warnings
+
 import pytest
 
 from tests import rendered
@@ -13,3 +15,11 @@ def html():
 
         book.html_only()
     return rendered.HTML
+
+
+@pytest.fixture
+def strict():
+    """A warning is an error: for files that say `pytestmark = pytest.mark.usefixtures("strict")`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

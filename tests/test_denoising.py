@@ -1,7 +1,6 @@
 """tune/denoising.py: the reciprocal tilt against its optimality and roots by hand, regressions against exact laws."""
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
@@ -9,24 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.test_training import P, R, seeded
 from tiltlib import law, paths, tensor_rewards, worlds
 from tiltlib.chance import Chance
 from tiltlib.tune import denoising, weighted
 from tiltlib.worlds.base import Diffusion
 
-P = np.array([0.05, 0.2, 0.45, 0.3])
-R = np.array([2.0, -1.0, 0.25, 0.75])
-
-
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 # ------------------------------------------------------------------ the objective (34) and its optimum

@@ -1,7 +1,6 @@
 """law.py against textbook formulas in exact rationals, scipy, random search and finite differences."""
 
 import math
-import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -17,11 +16,7 @@ R = np.array([2.0, -1.0, 0.25, 0.75])
 ZEROS = np.array([0.2, 0.0, 0.5, 0.3])
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 @st.composite

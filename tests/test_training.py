@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -18,13 +17,7 @@ R = np.array([2.0, -1.0, 0.25, 0.75])
 BETA = 0.7
 THETA = torch.tensor([0.4, -0.3, 0.0, 0.9], dtype=torch.float64)
 REWARD = torch.from_numpy(R)
-
-
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def seeded(seed=0):

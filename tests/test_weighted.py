@@ -1,7 +1,6 @@
 """tune/weighted.py against enumeration of all pools, pools that hold the reference exactly, simulation and scipy."""
 
 import itertools
-import warnings
 
 import numpy as np
 import pytest
@@ -21,11 +20,7 @@ FEATURES = np.array([[1.0, 0.0], [-0.5, 2.0], [0.3, -1.0], [0.0, 0.4]])
 ONE = np.array([[1.0], [-0.5], [0.3], [2.0]])  # one parameter: the tilted law of R is outside this family
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 # ------------------------------------------------------------------ weights
